@@ -1,0 +1,39 @@
+# `make train` and `make test` work on a bare machine with Python 3.11; set-up is done once and again when pyproject.toml changes.
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+PY := .venv/bin/python
+
+.PHONY: setup train test test-all lint clean
+
+setup: .venv/.dev
+
+train: .venv/.core
+	$(PY) scripts/train.py --config configs/default.yaml
+
+test: setup
+	$(PY) -m pytest tests/
+
+test-all: setup
+	$(PY) -m pytest tests/ -m ''
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/codespell
+	.venv/bin/lint-imports
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .coverage htmlcov
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# PyTorch goes first, and only if there is none: a build chosen by hand (CUDA, ROCm) stays.
+.venv/.core: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(PY) -m pip install --quiet --editable ".[dev]"
+	@touch $@

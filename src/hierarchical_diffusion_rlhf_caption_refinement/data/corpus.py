@@ -1,0 +1,46 @@
+"""One split of a data set as the models see it: image tokens, joint embeddings, captions as ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, unknown_id
+
+
+@dataclass(frozen=True)
+class Corpus:
+    examples: list[Example]
+    tokens: np.ndarray
+    """(N, P, D) float16, usually memory-mapped."""
+    joint: Float[Tensor, "N E"]
+    """Image embeddings of the alignment model."""
+    tokenizer: Tokenizer
+    max_words: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def image(self, rows: Sequence[int]) -> Float[Tensor, "B P D"]:
+        return torch.from_numpy(self.tokens[list(rows)].astype(np.float32))
+
+    @cached_property
+    def captions(self) -> list[list[list[int]]]:
+        """Ids of each image's captions; those that are too long or more than a third unknown words are left out while others remain."""
+        unknown = unknown_id(self.tokenizer)
+
+        def usable(ids: list[int]) -> bool:
+            return 0 < len(ids) <= self.max_words and 3 * ids.count(unknown) <= len(ids)
+
+        rows = [encode(self.tokenizer, example.captions) for example in self.examples]
+        return [[ids for ids in row if usable(ids)] or [row[0][: self.max_words] or [unknown]] for row in rows]
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {example.key: i for i, example in enumerate(self.examples)}

@@ -1,0 +1,122 @@
+"""Frozen vision features of a list of examples: computed once, memory-mapped, found again by what the images contain.
+
+Axes: N examples, P image tokens, D width.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+
+CHUNK = 64
+"""Examples between two writes: what a kill can cost."""
+
+
+class FeatureError(ValueError):
+    """Images whose features cannot be computed; the message is one line that names the first few."""
+
+
+def _content(example: Example) -> bytes:
+    """Hash of the file's bytes, or of the scene."""
+    try:
+        data = repr(example.scene).encode() if example.path is None else example.path.read_bytes()
+    except OSError:
+        data = f"unreadable: {example.path}".encode()
+    return hashlib.sha256(data).digest()
+
+
+def cache_name(examples: Sequence[Example], fingerprint: str) -> str:
+    """File name for these images, in this order, seen by the encoder of this fingerprint."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for example in examples:
+        digest.update(_content(example))
+    return f"{digest.hexdigest()[:24]}.npy"
+
+
+def _resume(file: BinaryIO, examples: int) -> int:
+    """Rows that an interrupted run left behind; the file is cut after the last whole one."""
+    file.seek(0)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            return 0
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        return 0
+    header, row = file.tell(), dtype.itemsize * int(np.prod(shape[1:]))
+    done = min((file.seek(0, os.SEEK_END) - header) // row, examples)
+    file.truncate(header + done * row)
+    return done
+
+
+def _append(file: BinaryIO, features: np.ndarray, done: int, examples: int) -> None:
+    if done == 0:
+        file.seek(0)
+        file.truncate()
+        header = {"descr": "<f2", "fortran_order": False, "shape": (examples, *features.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
+    file.seek(0, os.SEEK_END)
+    file.write(features.tobytes())
+    file.flush()
+
+
+def _compute(
+    partial: Path, examples: Sequence[Example], encode: Callable[[list[Image.Image]], Tensor], on_progress: Callable[[int, int], None]
+) -> None:
+    partial.touch()
+    problems: list[str] = []
+    with partial.open("r+b") as file:
+        done = _resume(file, len(examples))
+        on_progress(done, len(examples))
+        while done < len(examples):
+            images: list[Image.Image] = []
+            chunk = examples[done : done + CHUNK]
+            for example in chunk:
+                try:
+                    images.append(example.image())
+                except ImageError as error:
+                    problems.append(str(error))
+            if not problems:  # else only the remaining images are still tried, to name all that are bad at once
+                features = encode(images).to(torch.float16).cpu().numpy()
+                if not np.isfinite(features).all():
+                    raise FeatureError(f"features of {chunk[0].key} to {chunk[-1].key} are not finite in 16 bits")
+                _append(file, features, done, len(examples))
+            done += len(chunk)
+            on_progress(done, len(examples))
+        os.fsync(file.fileno())
+    if problems:
+        raise FeatureError(f"{len(problems)} of {len(examples)} images cannot be read: {'; '.join(problems[:3])}")
+
+
+def load_features(
+    examples: Sequence[Example],
+    encode: Callable[[list[Image.Image]], Tensor],
+    fingerprint: str,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Features (N, P, D) float16, read-only and memory-mapped; `encode` maps images to (B, P, D) and `fingerprint` identifies it.
+
+    A run that was killed goes on where it stopped, and of two processes one computes while the other waits.
+    `on_progress` gets (examples done, N). Raises FeatureError naming unreadable images.
+    """
+    if not examples:
+        raise FeatureError("no images to compute features of")
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / cache_name(examples, fingerprint)
+    if not final.exists():
+        with final.with_suffix(".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when this process dies
+            if not final.exists():
+                _compute(final.with_suffix(".partial"), examples, encode, on_progress)
+                os.replace(final.with_suffix(".partial"), final)
+    return np.load(final, mmap_mode="r")

@@ -1,0 +1,107 @@
+"""Image files, bytes and URLs -> 8-bit RGB, by one loader for every path: upright, first frame, over white, of bounded size."""
+
+import contextlib
+import io
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"])
+MAX_SIDE = 4096
+"""Pixels; larger images are reduced to it. Pillow refuses more than 179 million pixels as a decompression bomb."""
+
+
+_REASONS: dict[type[Exception], str] = {
+    UnidentifiedImageError: "not an image",
+    Image.DecompressionBombError: "too many pixels, refused as a decompression bomb",
+    FileNotFoundError: "no such file",
+    IsADirectoryError: "a folder, not an image",
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message is one line with its name and the reason."""
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 or 32 bits, by the smallest usual range that holds them all; others from darkest to brightest."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    low, high = float(values.min()), float(values.max())
+    tops = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+    if low >= 0 and high <= tops[-1]:
+        low, high = 0.0, next(top for top in tops if high <= top)
+    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _to_8bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    Image.init()
+    formats = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS to Ghostscript
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
+        if max(image.size) > MAX_SIDE:
+            image.draft(None, (MAX_SIDE, MAX_SIDE))  # JPEG decodes at a fraction of its size
+        image.load()
+        upright: Image.Image = image
+        with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost the picture
+            upright = ImageOps.exif_transpose(image)
+        rgb = _to_rgb(upright)
+    rgb.thumbnail((MAX_SIDE, MAX_SIDE))
+    return rgb
+
+
+def _fail(name: str, error: Exception) -> ImageError:
+    return ImageError(f"{name}: {_REASONS.get(type(error)) or ' '.join(str(error).split()) or type(error).__name__}")
+
+
+def load_image(source: str | Path | bytes, name: str = "image data") -> Image.Image:
+    """RGB image of a file, or of bytes that errors call `name`. Raises ImageError."""
+    if not isinstance(source, bytes):
+        source, name = Path(source), str(source)
+    if source == b"" or (isinstance(source, Path) and source.is_file() and source.stat().st_size == 0):
+        raise ImageError(f"{name}: empty file, not an image")
+    try:
+        return _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+        raise _fail(name, error) from None
+
+
+def fetch_image(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) -> Image.Image:
+    """RGB image behind an http(s) address, within `timeout_s` seconds and `max_bytes`. Raises ImageError."""
+    if not url.lower().startswith(("http://", "https://")):
+        raise ImageError(f"{url}: not an http(s) address")
+    deadline, data = time.monotonic() + timeout_s, b""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            while chunk := response.read1(1 << 16):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise OSError(f"larger than {max_bytes} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not complete after {timeout_s:g} s")
+    except Exception as error:  # urllib, http.client, ssl and socket share no narrower class
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response
+        raise _fail(url, error) from None
+    return load_image(data, url)
+
+
+def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """Image files of a folder by suffix, sorted; hidden ones are left out. Raises ImageError if there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: no such folder")
+    paths = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())

@@ -1,0 +1,41 @@
+"""Index-addressed batches: which examples batch i holds depends on the seed and on i alone, so any batch can be replayed."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, name: str, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, name, "order", epoch)).tolist()
+
+
+def batch_indices(count: int, size: int, index: int, seed: int, name: str) -> list[int]:
+    """Rows of batch `index` in an endless sequence of shuffled passes over `count` examples."""
+    places = range(index * size, (index + 1) * size)
+    return [_order(count, seed, name, place // count)[place % count] for place in places]
+
+
+def share(size: int, rank: int, world: int) -> slice:
+    """This process's part of a batch of `size`; parts are equal, so that means of means are means."""
+    if size % world:
+        raise ValueError(f"a batch of {size} cannot be split evenly among {world} processes")
+    return slice(rank * size // world, (rank + 1) * size // world)
+
+
+def stream(make: Callable[[int], T]) -> Callable[[int], Iterator[T]]:
+    """First index -> endless batches from there on."""
+
+    def batches(start: int) -> Iterator[T]:
+        index = start
+        while True:
+            yield make(index)
+            index += 1
+
+    return batches

@@ -1,0 +1,72 @@
+"""Captions as token ids and back, and which word each token belongs to."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Int
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+PAD, UNKNOWN_WORD = "<pad>", "<unk>"
+_WORD = r"[^\W_]+(?:['’\-][^\W_]+)*"
+
+
+def build_tokenizer(captions: Iterable[str], min_count: int) -> Tokenizer:
+    """A vocabulary of the lower-cased words that occur at least `min_count` times; punctuation is dropped."""
+    counts = Counter(word for caption in captions for word in re.findall(_WORD, caption.lower()))
+    words = [PAD, UNKNOWN_WORD] + sorted(w for w, n in counts.items() if n >= min_count)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN_WORD))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)  # type: ignore[assignment]
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The fast tokenizer of a Hugging Face id or directory."""
+    from transformers import AutoTokenizer
+
+    return Tokenizer.from_str(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+
+
+def banned_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that no caption may contain: padding, unknown, and a pretrained tokenizer's special tokens."""
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return tuple(sorted(special | {i for t in (PAD, UNKNOWN_WORD) if (i := tokenizer.token_to_id(t)) is not None}))
+
+
+def unknown_id(tokenizer: Tokenizer) -> int:
+    """Id of a word outside the vocabulary; -1 where every word can be spelled."""
+    index = tokenizer.token_to_id(UNKNOWN_WORD)
+    return -1 if index is None else index
+
+
+def encode(tokenizer: Tokenizer, captions: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.encode_batch([c.strip() for c in captions], add_special_tokens=False)]
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False).strip()
+
+
+def decode_rows(tokenizer: Tokenizer, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"]) -> list[str]:
+    return [decode(tokenizer, row[:n]) for row, n in zip(x0.tolist(), length.tolist(), strict=True)]
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+    """Ids padded with 0 to `width`, and the lengths; longer rows are cut."""
+    x0 = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        x0[i, : len(row[:width])] = torch.tensor(row[:width], dtype=torch.long)
+    return x0, torch.tensor([len(row[:width]) for row in rows], dtype=torch.long)
+
+
+def words_and_owners(tokenizer: Tokenizer) -> Callable[[Sequence[int]], tuple[list[str], list[int]]]:
+    """Ids -> the blank-separated words of the decoded caption, and the index of the word that each token is part of."""
+
+    def words(ids: Sequence[int]) -> tuple[list[str], list[int]]:
+        prefixes = (decode(tokenizer, ids[: i + 1]) for i in range(len(ids)))
+        return decode(tokenizer, ids).split(), [max(len(text.split()) - 1, 0) for text in prefixes]
+
+    return words

@@ -1,0 +1,149 @@
+"""Captions for a whole split, and what they are worth: by the scenes' truth, by human references, by reward and alignment models.
+
+Axes: N images, B = N x G captions, T caption length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.features import load_features
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import PretrainedClip
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import Eyes
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
+
+QUALITIES = ("accuracy", "specificity", "fluency", "utility")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Captions of rows of a corpus; those of one image stand together."""
+
+    texts: list[str]
+    trajectory: Trajectory
+    reward: Float[Tensor, " B"] | None
+
+
+def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(p, name) for p in parts])
+
+    names = ("x0", "step", "length", "logp", "confidence", "length_logp")
+    return Trajectory(**{name: join(name) for name in names}, drafts=None)
+
+
+def pick(trajectory: Trajectory, rows: Tensor) -> Trajectory:
+    names = ("x0", "step", "length", "logp", "confidence", "length_logp")
+    return replace(trajectory, **{name: getattr(trajectory, name)[rows] for name in names}, drafts=None)
+
+
+def best_candidates(trajectory: Trajectory, score: Tensor | None, candidates: int) -> tuple[Trajectory, Tensor]:
+    """Of every `candidates` captions in a row the one with the highest reward. Raises ValueError without a reward."""
+    if score is None:
+        raise ValueError("sampler.candidates > 1 needs a reward model to choose by")
+    best = score.view(-1, candidates).argmax(1) + torch.arange(0, len(score), candidates, device=score.device)
+    return pick(trajectory, best), score[best]
+
+
+@torch.no_grad()
+def write_captions(
+    model: DiffusionCaptionModel,
+    corpus: Corpus,
+    rows: Sequence[int],
+    plan: SamplerConfig,
+    seed: int,
+    reward: RewardModel | None = None,
+    group: int = 1,
+    chunk: int = 64,
+) -> Written:
+    """`group` captions of each row; with `plan.candidates` > 1 each is the best of so many by reward. Independent of `chunk`."""
+    device = model.mask.device
+    parts: list[Trajectory] = []
+    scores: list[Tensor] = []
+    for start in range(0, len(rows), chunk):
+        some = rows[start : start + chunk]
+        keys = [corpus.examples[row].key for row in some]
+        noise = noise_for(keys, group * plan.candidates, plan.steps, model.max_length, seed).to(device)
+        image, joint = corpus.image(some).to(device), corpus.joint[list(some)].to(device)
+        trajectory = sample(model, image, plan, noise)
+        score = reward.score(trajectory.x0, trajectory.length, image, joint) if reward else None
+        if plan.candidates > 1:
+            trajectory, score = best_candidates(trajectory, score, plan.candidates)
+        parts.append(trajectory)
+        scores += [score.cpu()] if score is not None else []
+    trajectory = concatenate(parts)
+    return Written(decode_rows(corpus.tokenizer, trajectory.x0, trajectory.length), trajectory, torch.cat(scores) if scores else None)
+
+
+def gold_qualities(captions: Sequence[str], examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The scenes' hidden truth about each caption: QUALITIES and words. For evaluation only; it never reaches training."""
+    found = [check(text, example.scene) for text, example in zip(captions, examples, strict=True) if example.scene is not None]
+    return {q: np.array([getattr(f, q) for f in found]) for q in QUALITIES} | {"mean_words": np.array([len(c.split()) for c in captions])}
+
+
+def gold_summary(captions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in gold_qualities(captions, examples).items()}
+
+
+def data_gold(examples: Sequence[Example]) -> dict[str, float]:
+    """Quality of the data set's own captions."""
+    pairs = [(caption, example) for example in examples for caption in example.captions]
+    return gold_summary([c for c, _ in pairs], [e for _, e in pairs])
+
+
+def reference_scores(captions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The usual captioning metrics against each image's own captions."""
+    candidates = [metrics.tokenize(c) for c in captions]
+    references = [[metrics.tokenize(r) for r in e.captions] for e in examples]
+    bleu = metrics.bleu(candidates, references)
+    return {f"bleu_{n}": value for n, value in enumerate(bleu, 1)} | {
+        "cider_d": float(metrics.cider_d(candidates, references)[0]),
+        "rouge_l": float(metrics.rouge_l(candidates, references)[0]),
+    }
+
+
+def text_statistics(captions: Sequence[str]) -> dict[str, float]:
+    """What can go wrong without any reference: length, variety, repetition, dangling ends."""
+    words = [metrics.tokenize(c) for c in captions]
+    return {
+        "mean_words": float(np.mean([len(w) for w in words])),
+        "distinct_1": metrics.distinct_n(words, 1),
+        "distinct_2": metrics.distinct_n(words, 2),
+        "repetition": metrics.repetition(words),
+        "bad_endings": metrics.bad_endings(words),
+    }
+
+
+def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
+    """Image tokens from the cache (computed on first use) and joint embeddings of a split."""
+    tokens = load_features(examples, eyes.vision.encode, eyes.vision.fingerprint(), cache)
+    seen = tokens
+    if isinstance(eyes.alignment, PretrainedClip):
+        seen = load_features(examples, eyes.alignment.encode, f"clip {eyes.config.alignment.pretrained}", cache)
+    with torch.no_grad():
+        parts = (torch.from_numpy(seen[i : i + 256].astype(np.float32)) for i in range(0, len(seen), 256))
+        joint = torch.cat([eyes.alignment.embed_images(part) for part in parts])
+    return Corpus(examples, tokens, joint, eyes.tokenizer, eyes.config.data.max_words)
+
+
+def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:
+    found = metrics.bootstrap(values, groups)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def gold_of(examples: Sequence[Example]) -> Callable[[Sequence[str]], dict[str, float]] | None:
+    """Scorer of captions by the hidden truth, where there is one."""
+    return (lambda captions: gold_summary(captions, examples)) if examples[0].scene is not None else None

@@ -1,0 +1,172 @@
+"""The summary of a run: the specification's tables from the log, held-out quality of base and refined model, samples for the report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import retrieval_ceiling
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import words_and_owners
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
+    build_corpus,
+    data_gold,
+    gold_qualities,
+    interval_row,
+    reference_scores,
+    text_statistics,
+    write_captions,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import Sample, WordDetail
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import leave_one_word_out
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser, load_reward
+from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config
+
+Row = dict[str, Any]
+TABLES: dict[str, dict[str, str]] = {
+    "base": {"loss": "train_loss", "val_loss": "val_loss"},
+    "reward": {"loss": "train_loss", "accuracy": "train_accuracy", "val_loss": "val_loss", "val_accuracy": "val_accuracy"},
+    "rlhf": {"loss": "train_loss", "reward": "train_reward", "val_loss": "val_loss", "val_reward": "val_reward"},
+}
+"""The specification's columns and where the log has them; the other columns follow under their own names."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One captioner on the test split."""
+
+    captions: list[str]
+    corpus: Corpus
+    metrics: dict[str, Any]
+    gold: dict[str, np.ndarray] | None
+    confidence: list[list[float]]
+
+
+def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Config | None, cache: Path) -> Evaluation:
+    """Captions of the test split and what they are worth; settings of data and sampler are the checkpoint's unless `config` is given.
+
+    Raises CheckpointError.
+    """
+    eyes, model, _ = load_denoiser(path, kind)
+    config = config or eyes.config
+    corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
+    beside = path.with_name(FILES["reward"])
+    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside.exists() else None
+    rows = list(range(len(corpus)))
+    written = write_captions(model, corpus, rows, config.sampler, config.seed, reward)
+    with torch.no_grad():
+        fit = (eyes.alignment.embed_texts(written.texts) * corpus.joint).sum(-1).double().numpy()
+    found: dict[str, Any] = text_statistics(written.texts) | {"alignment": interval_row(fit)}
+    if written.reward is not None:
+        found["reward"] = interval_row(written.reward.double().numpy())
+    gold = gold_qualities(written.texts, corpus.examples) if corpus.examples[0].scene is not None else None
+    found["gold" if gold else "references"] = (
+        {k: float(v.mean()) for k, v in gold.items()} if gold else reference_scores(written.texts, corpus.examples)
+    )
+    confidence = [row[:n] for row, n in zip(written.trajectory.confidence.tolist(), written.trajectory.length.tolist(), strict=True)]
+    return Evaluation(written.texts, corpus, found, gold, confidence)
+
+
+def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
+    """How often the refined caption has the higher hidden utility, ties half; None without a hidden truth."""
+    if refined.gold is None or base.gold is None:
+        return None
+    found = metrics.win_rate(refined.gold["utility"], base.gold["utility"])
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def tables(rows: list[Row]) -> dict[str, list[Row]]:
+    """Every epoch's row of every stage, the specification's columns first and under its names."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        names = TABLES.get(row["stage"], {})
+        named = {"epoch": row["epoch"], "step": row["step"]} | {new: row[old] for old, new in names.items() if old in row}
+        rest = {k: v for k, v in row.items() if k not in names and k not in ("stage", "epoch", "step")}
+        found.setdefault(row["stage"], []).append(named | rest)
+    return found
+
+
+def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
+    """All that `results/training_summary.json` holds, from the log and from whichever checkpoints there are."""
+    stages: tuple[Literal["base"], Literal["rlhf"]] = ("base", "rlhf")
+    paths = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
+    if not paths["base"].exists():
+        paths["base"] = config.models / FILES["base"]
+    found = {kind: evaluate_checkpoint(paths[kind], kind, config, cache) for kind in stages if paths[kind].exists()}
+    summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
+    summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}
+    summary["parameters"] = {kind: count_parameters(path, kind) for kind, path in paths.items() if path.exists()}
+    if found and (first := next(iter(found.values()))).gold is not None:
+        summary["gold"] = {"data": data_gold(first.corpus.examples)} | {kind: e.metrics["gold"] for kind, e in found.items()}
+        texts = [example.captions[0] for example in first.corpus.examples]
+        summary["alignment"] = best_alignment(rows) | {
+            "ceiling_r1": retrieval_ceiling([e.scene for e in first.corpus.examples if e.scene], texts)
+        }
+    elif found:
+        summary["references"] = {kind: e.metrics["references"] for kind, e in found.items()}
+        summary["alignment"] = best_alignment(rows)
+    if len(found) == 2:
+        summary["win_rate"] = win_rate(found["rlhf"], found["base"])
+    return summary, found
+
+
+def best_alignment(rows: list[Row]) -> dict[str, float]:
+    """Held-out retrieval of the alignment weights that were kept."""
+    epochs = [row for row in rows if row["stage"] == "alignment"]
+    chosen = max(epochs, key=lambda row: row["val_text_to_image_r10"], default={})
+    return {k: v for k, v in chosen.items() if k.startswith("val_")}
+
+
+def count_parameters(path: Path, kind: Literal["base", "rlhf"]) -> int:
+    return sum(p.numel() for p in load_denoiser(path, kind)[1].parameters())
+
+
+def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> list[Sample]:
+    """Some test images with their captions before and after, and where the reward of the latter comes from."""
+    after = found.get("rlhf") or found["base"]
+    before = found.get("base") or after
+    path = config.sources / FILES["reward"]
+    reward = load_reward(path, words_and_owners(after.corpus.tokenizer))[0] if path.exists() else None
+    rows = range(min(count, len(after.captions)))
+    details = word_details(config, reward, after, list(rows)) if reward else [[] for _ in rows]
+
+    def quality(e: Evaluation, row: int) -> dict[str, float]:
+        return {name: float(values[row]) for name, values in e.gold.items()} if e.gold else {}
+
+    return [
+        Sample(
+            image=example.image(), key=example.key, references=example.captions, before=before.captions[row], after=after.captions[row],
+            before_quality=quality(before, row), after_quality=quality(after, row), words=details[row],
+        )
+        for row in rows if (example := after.corpus.examples[row])
+    ]  # fmt: skip
+
+
+def word_details(config: Config, reward: RewardModel, found: Evaluation, rows: list[int]) -> list[list[WordDetail]]:
+    """Per word: confidence, alpha, the CLIP credit of the word, and the preference score of the whole caption."""
+    said = [found.captions[row].split() for row in rows]
+    width = max(map(len, said))
+    joint = found.corpus.joint[rows]
+    credit = leave_one_word_out(reward.evidence.alignment, said, [list(range(len(words))) for words in said], joint, width)
+    ids = [found.corpus.tokenizer.encode(" ".join(words), add_special_tokens=False).ids for words in said]
+    length = torch.tensor([len(i) for i in ids])
+    x0 = torch.zeros(len(ids), found.corpus.max_words, dtype=torch.long)
+    for row, i in enumerate(ids):
+        x0[row, : len(i)] = torch.tensor(i)
+    score = reward.score(x0, length, found.corpus.image(rows), joint)
+    odds = torch.tensor([c for row in found.confidence for c in row]).clamp(1e-4, 1 - 1e-4).logit()
+    shaper = HierarchicalRewardShaper(config.shaping)
+    details = []
+    for i, row in enumerate(rows):
+        confidence = torch.tensor(found.confidence[row][: len(said[i])])
+        z = (confidence.clamp(1e-4, 1 - 1e-4).logit() - odds.mean()) / odds.std().clamp(min=1e-6)
+        alpha = shaper.alpha(z[None])[0].tolist()
+        parts = zip(said[i], confidence.tolist(), alpha, credit[i].tolist(), strict=False)
+        details.append([WordDetail(word=w, confidence=c, alpha=a, dense=d, sparse=float(score[i])) for w, c, a, d in parts])
+    return details

@@ -1,0 +1,245 @@
+"""Denoising: length, then positions, then tokens; returns the trajectory that RLHF scores again in one pass.
+
+Positions are chosen before tokens, so the probability of a trajectory is exact: log p(length | image) + sum of log p(token | what was
+revealed before its step). The orders `random`, `spread` and `left_to_right` do not depend on the model. `plackett_luce` draws positions by
+their detached confidence: the order is then part of the data, not of the policy. `confidence` is for inference only.
+Axes: B captions = N images x G, T caption length, K steps, R rows, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import (
+    HIDDEN,
+    reveal_counts,
+    reveal_ranks,
+    steps_from_ranks,
+    valid_positions,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+
+UNKNOWN = -1
+"""Marks the positions that a draft leaves open."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """All the randomness of B captions, uniform in [0, 1): captions do not depend on how they are batched."""
+
+    length: Float[Tensor, " B"]
+    order: Float[Tensor, "B K T"]
+    token: Float[Tensor, "B T"]
+
+    @classmethod
+    def draw(cls, captions: int, steps: int, width: int, generator: torch.Generator) -> "Noise":
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator)
+
+        return cls(uniform(captions), uniform(captions, steps, width), uniform(captions, width))
+
+    def to(self, device: torch.device | str) -> "Noise":
+        return Noise(self.length.to(device), self.order.to(device), self.token.to(device))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How B captions came to be; probabilities are the sampling policy's."""
+
+    x0: Int[Tensor, "B T"]
+    step: Int[Tensor, "B T"]
+    """Step that revealed each token; 0 for given words, HIDDEN for padding."""
+    length: Int[Tensor, " B"]
+    logp: Float[Tensor, "B T"]
+    """Nats of each token at its step; 0 for given words and padding."""
+    confidence: Float[Tensor, "B T"]
+    """Probability of the likeliest token when the position was revealed; 1 for given words, 0 for padding."""
+    length_logp: Float[Tensor, " B"]
+    drafts: Int[Tensor, "B S T"] | None
+    """Greedy completion before each step, and the final caption; only on request."""
+
+
+def policy_logp(logits: Float[Tensor, "... V"], temperature: float, top_p: float = 1.0) -> Float[Tensor, "... V"]:
+    """Log-probabilities of the token policy. Sampler and scorer both come here, so that they cannot disagree.
+
+    Temperature 0 (greedy decoding) keeps the model's own probabilities for reporting.
+    """
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if top_p >= 1:
+        return logp
+    ordered, index = logp.sort(-1, descending=True)
+    outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the token that crosses top_p stays
+    return logp.masked_fill(outside.gather(-1, index.argsort(-1)), -torch.inf).log_softmax(-1)
+
+
+def inverse_cdf(logp: Float[Tensor, "... V"], u: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The outcome at quantile u of each distribution; never one of probability 0."""
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
+
+
+def take_rows(chosen: Bool[Tensor, "B T"]) -> Rows:
+    """The chosen positions of each caption, from the left, padded to the longest choice."""
+    most = int(chosen.sum(1).max()) if len(chosen) else 0
+    position = (~chosen).int().argsort(dim=1, stable=True)[:, :most]
+    return Rows(position, chosen.gather(1, position))
+
+
+def put(target: Tensor, rows: Rows, value: Tensor) -> Tensor:
+    """`target` (B, T) with `value` (B, R) written at the valid rows."""
+    return target.scatter(1, rows.position, torch.where(rows.valid, value, target.gather(1, rows.position)))
+
+
+def choose_length(length_logits: Float[Tensor, "N T"], group: int, u: Float[Tensor, " B"], plan: SamplerConfig) -> tuple[Tensor, Tensor]:
+    """Length of each caption and its log-probability; greedy decoding takes the median length."""
+    logp = bounded_length_logp(length_logits, plan.min_words, min(plan.max_words or length_logits.shape[1], length_logits.shape[1]))
+    logp = logp.repeat_interleave(group, 0)
+    length = 1 + inverse_cdf(logp, u if plan.temperature > 0 else torch.full_like(u, 0.5))
+    return length, logp.gather(1, length[:, None] - 1).squeeze(1)
+
+
+def select(score: Float[Tensor, "B T"], open_: Bool[Tensor, "B T"], count: Int[Tensor, " B"]) -> Bool[Tensor, "B T"]:
+    """The `count` best open positions of each caption."""
+    rank = torch.where(open_, score, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    return open_ & (rank < count[:, None])
+
+
+def guided(logits: Float[Tensor, "B R V"], guidance: float) -> Float[Tensor, "C R V"]:
+    """Classifier-free guidance: rows are captions with their image, then the same captions without it (Ho & Salimans 2022)."""
+    if guidance == 1:
+        return logits
+    with_image, without = logits.log_softmax(-1).chunk(2)
+    return torch.where(with_image.isinf(), with_image, without + guidance * (with_image - without))
+
+
+def _twice(guidance: float) -> Callable[[Tensor], Tensor]:
+    return (lambda x: x) if guidance == 1 else (lambda x: torch.cat([x, x]))
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionCaptionModel,
+    image: Float[Tensor, "N P F"],
+    plan: SamplerConfig,
+    noise: Noise,
+    known: Int[Tensor, "B T"] | None = None,
+    drafts: bool = False,
+    on_step: Callable[[Int[Tensor, "B T"]], None] | None = None,
+) -> Trajectory:
+    """Caption N images, B / N times each. `known` fixes words and with them the lengths (UNKNOWN marks open positions inside a caption,
+    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step.
+    """
+    twice = _twice(plan.guidance)
+    seen = None if plan.guidance == 1 else torch.arange(2 * len(image), device=image.device) < len(image)
+    memory = model.read_image(twice(image), seen)
+    group = len(noise.length) // len(image)
+    if known is None:
+        length, length_logp = choose_length(memory.length_logits[: len(image)], group, noise.length, plan)
+        known = torch.where(valid_positions(length, model.max_length), UNKNOWN, HIDDEN)
+    else:
+        length, length_logp = (known != HIDDEN).sum(1), torch.zeros_like(noise.length)
+    open_, valid = known == UNKNOWN, known != HIDDEN
+    x0 = torch.where(open_ | ~valid, 0, known)
+    steps = torch.full_like(length, plan.steps)
+    counts = reveal_counts(open_.sum(1), steps, plan.schedule)
+    by_model = plan.order in ("confidence", "plackett_luce")
+    step = torch.where(valid, 0, HIDDEN)
+    if not by_model:
+        step = steps_from_ranks(reveal_ranks(plan.order, noise.order[:, 0], open_), counts, open_, valid)
+    logp, confidence = torch.zeros_like(noise.token), (valid & ~open_).float()
+    cache = Cache.empty(len(model.h), len(twice(length)), image.device)
+    new, history = take_rows(valid & ~open_), []
+    for k in range(1, plan.steps + 1):
+        if not open_.any():
+            break
+        now = open_ & (step == k)
+        ask = take_rows(open_ if by_model or drafts or on_step or plan.threshold else now)
+        logits, cache = model.advance(cache, twice(x0), _both(new, twice), _both(ask, twice), twice(length), memory)
+        dist = policy_logp(guided(logits, plan.guidance), plan.temperature, plan.top_p)
+        best = dist.max(-1)
+        token = inverse_cdf(dist, noise.token.gather(1, ask.position)) if plan.temperature > 0 else best.indices
+        if drafts or on_step:
+            history.append(put(x0, ask, best.indices))
+            if on_step:
+                on_step(history[-1])
+        if by_model or plan.threshold:
+            sure = put(torch.zeros_like(confidence), ask, best.values.exp())
+            if by_model:
+                now = select(order_score(sure, noise.order[:, (k - 1) % noise.order.shape[1]], plan), open_, counts[:, k - 1])
+            if plan.threshold:
+                now |= open_ & (sure >= plan.threshold)
+            step = torch.where(now, k, step)
+        put_now = Rows(ask.position, ask.valid & now.gather(1, ask.position))
+        x0 = put(x0, put_now, token)
+        logp = put(logp, put_now, dist.gather(-1, token[..., None]).squeeze(-1))
+        confidence = put(confidence, put_now, best.values.exp())
+        open_, new = open_ & ~now, take_rows(now)
+    history += [x0] * (plan.steps + 1 - len(history))
+    done = Trajectory(x0, step, length, logp, confidence, length_logp, torch.stack(history, 1) if drafts else None)
+    for _ in range(plan.remask):
+        done = rewrite(model, image, plan, noise, done)
+    return done
+
+
+def order_score(confidence: Float[Tensor, "B T"], u: Float[Tensor, "B T"], plan: SamplerConfig) -> Float[Tensor, "B T"]:
+    """Key whose k largest entries are revealed next; log-confidence plus Gumbel noise draws from Plackett-Luce."""
+    if plan.order == "confidence":
+        return confidence
+    gumbel = -torch.log(-torch.log(u.clamp(1e-9, 1 - 1e-7)))
+    return confidence.clamp(min=1e-9).log() + gumbel
+
+
+def _both(rows: Rows, twice: Callable[[Tensor], Tensor]) -> Rows:
+    return Rows(twice(rows.position), twice(rows.valid))
+
+
+def rewrite(model: DiffusionCaptionModel, image: Tensor, plan: SamplerConfig, noise: Noise, done: Trajectory) -> Trajectory:
+    """Take back the least confident eighth of the words that were written, and write them again given the rest, one at a time."""
+    mine = (done.step > 0) & (done.step < HIDDEN)
+    weak = select(-done.confidence, mine, (mine.sum(1) + 7) // 8)
+    known = torch.where(weak, UNKNOWN, torch.where(done.step < HIDDEN, done.x0, HIDDEN))
+    steps = int(weak.sum(1).max())
+    again = sample(model, image, replace(plan, remask=0, steps=max(steps, 1), threshold=0.0), noise, known)
+    confidence = torch.where(weak, again.confidence, done.confidence)
+    step = torch.where(weak, again.step + (done.step * mine).amax(1, keepdim=True), done.step)
+    return replace(again, confidence=confidence, length_logp=done.length_logp, step=step)
+
+
+@dataclass(frozen=True)
+class Score:
+    logp: Float[Tensor, "B T"]
+    """Nats of each token at its step."""
+    distribution: Float[Tensor, "B T V"]
+    """Log-probabilities of the whole vocabulary at that moment."""
+    length_logp: Float[Tensor, " B"]
+    length_distribution: Float[Tensor, "N T"]
+
+
+def score(
+    model: torch.nn.Module,
+    x0: Int[Tensor, "B T"],
+    step: Int[Tensor, "B T"],
+    length: Int[Tensor, " B"],
+    image: Float[Tensor, "N P F"],
+    temperature: float = 1.0,
+    seen: Bool[Tensor, " N"] | None = None,
+) -> Score:
+    """Exact log-probability of trajectories in one pass, with gradient; `model` may be wrapped for distributed training."""
+    prediction = model(x0, step, length, image, seen)
+    distribution = policy_logp(prediction.logits, temperature)
+    written = (step > 0) & (step < HIDDEN)
+    logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~written, 0.0)
+    lengths = bounded_length_logp(prediction.length_logits)
+    group = len(x0) // len(image)
+    return Score(logp, distribution, lengths.repeat_interleave(group, 0).gather(1, length[:, None] - 1).squeeze(1), lengths)
+
+
+def noise_for(keys: Sequence[object], group: int, steps: int, width: int, seed: int) -> Noise:
+    """Noise of `group` captions for each image, a function of the seed and the image's key alone."""
+    parts = [Noise.draw(group, steps, width, generator(seed, "noise", key)) for key in keys]
+    return Noise(torch.cat([p.length for p in parts]), torch.cat([p.order for p in parts]), torch.cat([p.token for p in parts]))

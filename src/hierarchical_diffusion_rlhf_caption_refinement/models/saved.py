@@ -1,0 +1,139 @@
+"""Models as files: building them from a config, and the payloads of their checkpoints. A captioner's file holds all it needs to see."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, AlignmentModel, PretrainedClip
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel, Words
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import PatchEncoder, PretrainedVision, build_vision
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
+from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, config_from_plain, to_plain
+
+Vision = PatchEncoder | PretrainedVision
+Kind = Literal["alignment", "base", "reward", "rlhf"]
+FILES: dict[Kind, str] = {
+    "alignment": "alignment_model.pt",
+    "base": "best_base_model.pt",
+    "reward": "best_reward_model.pt",
+    "rlhf": "best_rlhf_model.pt",
+}
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """The frozen part that sees: image encoder, tokenizer, and the alignment model on top of them."""
+
+    config: Config
+    tokenizer: Tokenizer
+    banned: tuple[int, ...]
+    """Ids that no caption may contain."""
+    vision: Vision
+    alignment: Alignment
+
+
+def build_alignment(config: Config, tokenizer: Tokenizer, image_width: int) -> AlignmentModel | PretrainedClip:
+    if config.alignment.pretrained:
+        return PretrainedClip(config.alignment.pretrained)
+    return AlignmentModel(tokenizer, config.data.max_words, image_width, config.alignment)
+
+
+def build_denoiser(eyes: Eyes, dropout: float = 0.0) -> DiffusionCaptionModel:
+    base, vision = eyes.config.base, eyes.vision
+    return DiffusionCaptionModel(
+        eyes.tokenizer.get_vocab_size(),
+        eyes.config.data.max_words,
+        vision.num_tokens,
+        vision.width,
+        width=base.width,
+        layers=base.layers,
+        heads=base.heads,
+        dropout=dropout,
+        banned=eyes.banned,
+    )
+
+
+def eyes_payload(eyes: Eyes) -> dict[str, Any]:
+    """What every checkpoint holds besides its own weights."""
+    own = eyes.alignment.state_dict() if isinstance(eyes.alignment, AlignmentModel) else {}
+    common = {"config": to_plain(eyes.config), "tokenizer": eyes.tokenizer.to_str(), "banned": list(eyes.banned)}
+    return common | {"vision": dict(eyes.vision.state_dict()), "alignment": own}
+
+
+def eyes_from(payload: dict[str, Any]) -> Eyes:
+    config = config_from_plain(payload["config"])
+    tokenizer = Tokenizer.from_str(payload["tokenizer"])
+    vision = build_vision(config.vision)
+    vision.load_state_dict(payload["vision"])
+    alignment = build_alignment(config, tokenizer, vision.width)
+    if isinstance(alignment, AlignmentModel):
+        alignment.load_state_dict(payload["alignment"])
+    for part in (vision, alignment):
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return Eyes(config, tokenizer, tuple(payload["banned"]), vision, alignment)
+
+
+def save_eyes(path: Path, eyes: Eyes, facts: dict[str, Any]) -> None:
+    checkpoint.save(path, "alignment", eyes_payload(eyes) | {"facts": facts})
+
+
+def load_eyes(path: Path) -> tuple[Eyes, dict[str, Any]]:
+    payload = checkpoint.load(path, "alignment")
+    return eyes_from(payload), payload["facts"]
+
+
+def save_denoiser(path: Path, kind: Literal["base", "rlhf"], eyes: Eyes, model: nn.Module, facts: dict[str, Any]) -> None:
+    checkpoint.save(path, kind, eyes_payload(eyes) | {"model": model.state_dict(), "facts": facts})
+
+
+def load_denoiser(path: Path, kind: Literal["base", "rlhf"]) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:
+    """Eyes, the model in eval mode, and the facts saved with it. Raises CheckpointError."""
+    payload = checkpoint.load(path, kind)
+    eyes = eyes_from(payload)
+    model = build_denoiser(eyes)
+    load_weights(model, payload["model"], path)
+    return eyes, model.eval(), payload["facts"]
+
+
+def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, Any]) -> None:
+    """The evidence's denoiser goes along; the alignment model is among the eyes."""
+    state = {name: value for name, value in reward.state_dict().items() if not name.startswith("evidence.alignment.")}
+    layers = len(reward.readers[0].blocks) if len(reward.readers) else 0  # type: ignore[arg-type, union-attr]
+    shape = {"members": len(reward.linear), "reader_layers": layers, "pessimism": reward.pessimism}
+    checkpoint.save(path, "reward", eyes_payload(eyes) | {"model": state, "shape": shape, "facts": facts})
+
+
+def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
+    """The frozen reward model and the facts saved with it. Raises CheckpointError."""
+    payload = checkpoint.load(path, "reward")
+    eyes = eyes_from(payload)
+    reward = RewardModel(Evidence(build_denoiser(eyes), eyes.alignment, words), **payload["shape"])
+    state = payload["model"]
+    if isinstance(eyes.alignment, nn.Module):
+        state |= {f"evidence.alignment.{name}": value for name, value in eyes.alignment.state_dict().items()}
+    load_weights(reward, state, path)
+    return reward.eval().requires_grad_(False), payload["facts"]
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the model of its own config: {' '.join(str(error).split())[:160]}") from None
+
+
+def with_config(eyes: Eyes, config: Config) -> Eyes:
+    """The same eyes under another run's settings; what they were built from must stay."""
+    kept = eyes.config
+    return replace(
+        eyes,
+        config=replace(
+            config, vision=kept.vision, alignment=kept.alignment, base=kept.base, data=replace(config.data, max_words=kept.data.max_words)
+        ),
+    )

@@ -1,0 +1,162 @@
+"""Stage 0: contrastive training of the alignment model on the training captions, with the image encoder when it is ours.
+
+Axes: N images = B captions in a batch, P image tokens, E joint embedding, L text tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed.nn.functional as dist_nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.features import load_features
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, load_tokenizer, pad
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, recall_at
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_alignment, load_eyes, save_eyes
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import PatchEncoder, PretrainedVision, build_vision, to_pixels
+from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+
+PCA_IMAGES = 1000
+"""Training images that the projection of a frozen backbone is fitted on."""
+
+
+def gather(x: Float[Tensor, "B *rest"]) -> Float[Tensor, "C *rest"]:
+    """The rows of all processes, with gradient, so that negatives come from the whole batch."""
+    if not torch.distributed.is_initialized():
+        return x
+    return torch.cat(list(dist_nn.all_gather(x.contiguous())))
+
+
+class AlignmentTrainee(nn.Module):
+    """Alignment towers, below them the image encoder if it is trained too, and the late interaction that helps both to learn.
+
+    Late interaction (FILIP, Yao et al. 2022) compares every word with every image token. It gives the gradient that teaches single tokens
+    colours and shapes long before the pooled vectors can be told apart; it is dropped after training.
+    """
+
+    def __init__(self, alignment: AlignmentModel, vision: PatchEncoder | None, image_width: int) -> None:
+        super().__init__()
+        self.alignment, self.vision = alignment, vision
+        width = alignment.wte.weight.shape[1]
+        self.word_out, self.patch_out = nn.Linear(width, width // 2), nn.Linear(image_width, width // 2)
+        self.late_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image: Tensor, ids: Int[Tensor, "B L"], length: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        """(global loss, late-interaction loss) of this process's rows against the columns of all."""
+        tokens = self.vision(image) if self.vision else image
+        words, valid = self.alignment.read_ids(ids, length)
+        i, t = self.alignment.embed_images(tokens), self.alignment.pool(words, valid)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        target = torch.arange(len(ids), device=ids.device) + rank * len(ids)
+        logits = (
+            contrastive_loss(self.alignment.logits(i, gather(t)), target),
+            contrastive_loss(self.alignment.logits(t, gather(i)), target),
+        )
+        patches = F.normalize(self.patch_out(self.alignment.image_in(tokens)), dim=-1)
+        spoken = F.normalize(self.word_out(words), dim=-1) * valid[..., None] / valid.sum(1).sqrt()[:, None, None]
+        text_rows = self.late(spoken, gather(patches))
+        image_rows = self.late(gather(spoken), patches).T
+        return sum(logits) / 2, (contrastive_loss(text_rows, target) + contrastive_loss(image_rows, target)) / 2
+
+    def late(self, words: Float[Tensor, "B L E"], patches: Float[Tensor, "N P E"]) -> Float[Tensor, "B N"]:
+        """Sum over words of the best-matching image token."""
+        similarity = (words.flatten(0, 1) @ patches.flatten(0, 1).T).view(*words.shape[:2], *patches.shape[:2])
+        return similarity.amax(-1).sum(1) * self.late_scale.exp()
+
+
+@dataclass(frozen=True)
+class AlignmentBatch:
+    image: Tensor
+    """Pixels for a trained encoder, else the tokens of the frozen one."""
+    ids: Int[Tensor, "B L"]
+    length: Int[Tensor, " B"]
+
+
+def objective(model: nn.Module, batch: AlignmentBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    whole, late = model(batch.image, batch.ids, batch.length)
+    return whole + late, {"contrastive": whole, "late": late}
+
+
+def retrieval(trainee: AlignmentTrainee, images: Callable[[slice], Tensor], captions: list[str], chunk: int = 200) -> dict[str, float]:
+    """Recall of images by texts and of texts by images among the given pairs."""
+    parts = [slice(i, i + chunk) for i in range(0, len(captions), chunk)]
+    encode: Any = trainee.vision if trainee.vision else (lambda x: x)
+    i = torch.cat([trainee.alignment.embed_images(encode(images(part))) for part in parts])
+    logits = i @ trainee.alignment.embed_texts(captions).T
+    named = {"image_to_text": logits, "text_to_image": logits.T}
+    return {f"{name}_r{k}": recall_at(scores, k) for name, scores in named.items() for k in (1, 10)}
+
+
+def shuffled_ids(captions: list[list[list[int]]], rows: list[int], generator: torch.Generator) -> list[list[int]]:
+    """One caption at random of each of the rows."""
+    draws = torch.rand(len(rows), generator=generator).tolist()
+    return [captions[row][int(u * len(captions[row]))] for row, u in zip(rows, draws, strict=True)]
+
+
+def as_pixels(array: np.ndarray) -> Float[Tensor, "B 3 H W"]:
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
+    """The frozen eyes of all later stages, saved as alignment_model.pt; pretrained parts are taken as they are."""
+    config, path = run.config, run.config.models / FILES["alignment"]
+    texts = [caption for example in examples["train"] for caption in example.captions]
+    own_words = config.data.tokenizer == "words"
+    tokenizer = build_tokenizer(texts, config.data.min_count) if own_words else load_tokenizer(config.data.tokenizer)
+    torch.manual_seed(seed_of(config.seed, "alignment"))
+    vision = build_vision(config.vision)
+    if isinstance(vision, PretrainedVision):
+        chosen = batch_indices(len(examples["train"]), min(PCA_IMAGES, len(examples["train"])), 0, config.seed, "pca")
+        vision.fit_pca(examples["train"][i].image() for i in chosen)
+    alignment = build_alignment(config, tokenizer, vision.width)
+    eyes = Eyes(config, tokenizer, banned_ids(tokenizer), vision, alignment)
+    if isinstance(alignment, PretrainedClip):
+        if run.main:
+            save_eyes(path, eyes, {"note": f"alignment is {config.alignment.pretrained}, not trained here"})
+    else:
+        _fit_alignment(run, eyes, alignment, examples, path)
+    run.accelerator.wait_for_everyone()
+    return load_eyes(path)[0]
+
+
+def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dict[str, list[Example]], path: Path) -> None:
+    cfg, trained = run.config.alignment.fit, eyes.vision if isinstance(eyes.vision, PatchEncoder) else None
+    data = {split: alignment_inputs(run, eyes, examples[split]) for split in ("train", "val")}
+    captions = Corpus(examples["train"], data["train"], torch.empty(0), eyes.tokenizer, run.config.data.max_words).captions
+    trainee = AlignmentTrainee(alignment, trained, eyes.vision.width)
+    state = run.state("alignment", trainee, cfg)
+
+    def make(index: int, rows: list[int], part: slice) -> AlignmentBatch:
+        ids = shuffled_ids(captions, rows, generator(run.config.seed, "alignment captions", index))[part]
+        padded, length = pad(ids, max(map(len, ids)))
+        return AlignmentBatch(as_pixels(data["train"][rows[part]]), padded, length)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        texts = [example.captions[0] for example in examples["val"]]
+        return retrieval(cast(AlignmentTrainee, model), lambda part: as_pixels(data["val"][part]).to(run.device), texts)
+
+    def best(model: nn.Module, row: Row) -> None:
+        save_eyes(path, eyes, {"row": row})
+
+    batches = run.batches("alignment", cfg, len(captions), make)
+    run.fit(
+        "alignment", state, cfg, len(captions), batches, objective, evaluate=evaluate, better=("val_text_to_image_r10", "max"), best=best
+    )
+
+
+def alignment_inputs(run: Run, eyes: Eyes, examples: list[Example]) -> np.ndarray:
+    """What the trainee reads: pixels if the image encoder is trained along, else its cached tokens."""
+    if isinstance(eyes.vision, PatchEncoder):
+        return np.concatenate([to_pixels([example.image()], eyes.vision.image_size).numpy() for example in examples]).astype(np.float16)
+    return load_features(examples, eyes.vision.encode, eyes.vision.fingerprint(), run.cache)

@@ -1,0 +1,106 @@
+"""Stage 1: the denoiser learns to caption. Axes: B captions = N images, T caption length, P image tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import pad
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_summary, reference_scores, write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import caption_nll, training_steps, valid_positions
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_denoiser, save_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import shuffled_ids
+from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import BaseConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+
+LENGTH_WEIGHT = 0.1
+"""Weight of the length head's cross-entropy beside that of a token."""
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    x0: Int[Tensor, "B T"]
+    step: Int[Tensor, "B T"]
+    length: Int[Tensor, " B"]
+    image: Float[Tensor, "B P F"]
+    seen: Bool[Tensor, " B"]
+    """False where the image is withheld, to learn the unconditional model too."""
+
+
+def caption_batch(
+    corpus: Corpus, rows: list[int], part: slice, config: BaseConfig, g: torch.Generator, drop_images: bool = True
+) -> CaptionBatch:
+    """One caption at random of each row, its reveal at random; all noise is drawn for the whole batch, then this process's part is taken."""
+    ids = shuffled_ids(corpus.captions, rows, g)
+    x0, length = pad(ids, max(map(len, ids)))
+    step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)
+    seen = torch.rand(len(rows), generator=g) >= (config.image_dropout if drop_images else 0.0)
+    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part]), seen[part])
+
+
+def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Nats per token of each caption (words outside the vocabulary do not count), and nats of its length."""
+    prediction = model(batch.x0, batch.step, batch.length, batch.image, batch.seen)
+    counted = valid_positions(batch.length, batch.x0.shape[1]) & allowed[batch.x0]
+    length = F.cross_entropy(prediction.length_logits, batch.length - 1, reduction="none")
+    return caption_nll(prediction.logits, batch.x0, counted), length
+
+
+def validation_loss(model: DiffusionCaptionModel, corpus: Corpus, config: BaseConfig, seed: int, chunk: int = 100) -> float:
+    """Nats per token of one fixed caption of each image under fixed reveals, with the image."""
+    rows = list(range(len(corpus)))
+    parts = [
+        caption_batch(corpus, rows[i : i + chunk], slice(None), config, generator(seed, "validation", i), False)
+        for i in range(0, len(rows), chunk)
+    ]
+    moved = (CaptionBatch(**{k: v.to(model.mask.device) for k, v in vars(part).items()}) for part in parts)
+    return float(torch.cat([caption_loss(model, part, model.allowed)[0] for part in moved]).mean())
+
+
+def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
+    """Writes best_base_model.pt, the weights with the lowest validation loss."""
+    config, path = run.config, run.config.models / FILES["base"]
+    torch.manual_seed(seed_of(config.seed, "base"))
+    model = build_denoiser(eyes, config.base.dropout)
+    state = run.state("base", model, config.base.fit)
+    allowed = model.allowed
+
+    def make(index: int, rows: list[int], part: slice) -> CaptionBatch:
+        return caption_batch(corpora["train"], rows, part, config.base, generator(config.seed, "base batch", index))
+
+    def objective(wrapped: nn.Module, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        nll, length = caption_loss(wrapped, batch, allowed)
+        return nll.mean() + LENGTH_WEIGHT * length.mean(), {"nll": nll.mean(), "length_nll": length.mean()}
+
+    def evaluate(bare: nn.Module) -> dict[str, float]:
+        denoiser = cast(DiffusionCaptionModel, bare)
+        return {"loss": validation_loss(denoiser, corpora["val"], config.base, config.seed)} | sampled_quality(
+            run, denoiser, corpora["val"]
+        )
+
+    def best(bare: nn.Module, row: Row) -> None:
+        save_denoiser(path, "base", eyes, bare, {"row": row})
+
+    batches = run.batches("base", config.base.fit, len(corpora["train"]), make)
+    run.fit(
+        "base", state, config.base.fit, len(corpora["train"]), batches, objective, evaluate=evaluate, better=("val_loss", "min"), best=best
+    )
+    return path
+
+
+def sampled_quality(run: Run, model: DiffusionCaptionModel, corpus: Corpus, limit: int = 200) -> dict[str, float]:
+    """What the captions of some held-out images are worth: by the scenes' truth, else against the references. For the curves only."""
+    rows = list(range(min(limit, len(corpus))))
+    texts = write_captions(model, corpus, rows, run.config.sampler, run.config.seed).texts
+    examples = [corpus.examples[row] for row in rows]
+    if examples[0].scene is None:
+        return {"cider_d": reference_scores(texts, examples)["cider_d"]}
+    return {f"gold_{name}": value for name, value in gold_summary(texts, examples).items()}

@@ -1,0 +1,169 @@
+"""Comparisons for the reward stage: simulated raters judge the base model's captions of scenes, or human ratings are turned into pairs.
+
+Axes: n pairs, T caption length.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.annotators import panel
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
+    Comparison,
+    Rating,
+    ratings_to_comparisons,
+    read_ratings,
+    split_by_image,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import swap_fact
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, pad
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+
+HELD_OUT_PAIRS, TEST_PAIRS = 400, 700
+"""Comparisons of scenes for choosing and calibrating, and for the report; each is shown to two raters."""
+LABELS = {"a": 0, "b": 1, "tie": 2, "both_bad": 2}
+PLANS = (SamplerConfig(steps=6, temperature=1.0), SamplerConfig(steps=8, temperature=0.7))
+"""The two ways in which the captions of a pair are drawn, so that comparisons cover what rollouts and readers will see."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Comparisons as ids over one corpus."""
+
+    corpus: Corpus
+    comparisons: list[Comparison]
+    rows: list[int]
+    a: tuple[Int[Tensor, "n T"], Int[Tensor, " n"]]
+    b: tuple[Int[Tensor, "n T"], Int[Tensor, " n"]]
+    label: Int[Tensor, " n"]
+    """0: a was preferred, 1: b, 2: neither."""
+    reasons: Bool[Tensor, "n Q"]
+    """Which quality spoke for the choice, in the order total (always), accuracy, fluency, specificity."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def head(self, count: int) -> "Pairs":
+        a, b = ((x0[:count], length[:count]) for x0, length in (self.a, self.b))
+        return Pairs(self.corpus, self.comparisons[:count], self.rows[:count], a, b, self.label[:count], self.reasons[:count])
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """All comparisons of the reward stage; no image is in two of train, val and test."""
+
+    train: Pairs
+    val: Pairs
+    test: Pairs
+    facts: Pairs | None
+    """Pairs of test images that differ in one fact; only scenes have them."""
+    rater_agreement: float
+    """Rate at which a second rater makes the same choice, both having chosen a side."""
+
+
+def to_pairs(comparisons: Sequence[Comparison], corpus: Corpus) -> Pairs:
+    """Comparisons that somebody answered, of images of this corpus."""
+    kept = [c for c in comparisons if c.choice in LABELS and c.image in corpus.row_of]
+    sides = (pad(encode(corpus.tokenizer, [getattr(c, side) for c in kept]), corpus.max_words) for side in ("a", "b"))
+    a, b = ((x0, length.clamp(min=1)) for x0, length in sides)
+    reasons = [[True, *(q in c.reasons for q in ("accuracy", "fluency", "specificity"))] for c in kept]
+    label = torch.tensor([LABELS[c.choice] for c in kept], dtype=torch.long)
+    return Pairs(corpus, kept, [corpus.row_of[c.image] for c in kept], a, b, label, torch.tensor(reasons, dtype=torch.bool).view(-1, 4))
+
+
+def drawn_pairs(model: DiffusionCaptionModel, corpus: Corpus, count: int, seed: int) -> list[tuple[int, str, str]]:
+    """(row, caption, other caption) of `count` pairs of different captions; several of an image once all images have one."""
+    order = random.Random(seed_of(seed, "pairs")).sample(range(len(corpus)), len(corpus))
+    pairs: list[tuple[int, str, str]] = []
+    for turn in range(1 + 4 * count // len(corpus)):
+        rows = order[: max(count - len(pairs), 0) + 16]
+        texts = [write_captions(model, corpus, rows, plan, seed_of(seed, turn, i)).texts for i, plan in enumerate(PLANS)]
+        pairs += [(row, a, b) for row, a, b in zip(rows, *texts, strict=True) if a != b]
+        if len(pairs) >= count:
+            break
+        order = order[len(rows) :] + order[: len(rows)]
+    return pairs[:count]
+
+
+def judged(pairs: Sequence[tuple[int, str, str]], corpus: Corpus, seed: int, judges: int = 1) -> list[Comparison]:
+    """Each pair shown to `judges` different simulated raters, the sides at random; the truth itself is not recorded."""
+    people, found = panel(seed), []
+    for i, (row, first, second) in enumerate(pairs):
+        rng = random.Random(seed_of(seed, "judge", i))
+        a, b = (first, second) if rng.random() < 0.5 else (second, first)
+        example = corpus.examples[row]
+        assert example.scene is not None
+        for person in rng.sample(people, judges):
+            choice = person.compare(example.scene, a, b, rng)
+            left: Literal["a", "b"] = "a" if rng.random() < 0.5 else "b"
+            found.append(
+                Comparison(
+                    f"{i}-{person.name}", example.key, a, b, choice.choice, shown_left=left, annotator=person.name, reasons=choice.reasons
+                )
+            )
+    return found
+
+
+def fact_pairs(model: DiffusionCaptionModel, corpus: Corpus, config: Config, seed: int) -> list[tuple[int, str, str]]:
+    """A caption and its copy with one true fact made false: the same grammar, the same length, only the image can tell."""
+    written = write_captions(model, corpus, range(len(corpus)), config.sampler, seed)
+    pairs = []
+    for row, text in enumerate(written.texts):
+        scene = corpus.examples[row].scene
+        swapped = swap_fact(text, scene, random.Random(seed_of(seed, "swap", row))) if scene else None
+        if swapped:
+            pairs.append((row, text, swapped))
+    return pairs
+
+
+def agreement(pairs: Pairs) -> float:
+    """Rate at which two raters of the same pair who both chose a side chose the same; nan without such pairs."""
+    by_pair: dict[tuple[str, str, str], list[int]] = {}
+    for c, label in zip(pairs.comparisons, pairs.label.tolist(), strict=True):
+        by_pair.setdefault((c.image, c.a, c.b), []).append(label)
+    decided = [labels[:2] for labels in by_pair.values() if len(labels) > 1 and max(labels[:2]) < 2]
+    return sum(x == y for x, y in decided) / len(decided) if decided else float("nan")
+
+
+def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
+    """Simulated raters compare the base model's captions of scenes; held-out pairs are shown to two of them."""
+    seed, most = config.seed, max(config.reward.comparisons, *config.reward.curve, 1)
+    counts = {"train": (most, 1), "val": (min(HELD_OUT_PAIRS, most), 2), "test": (min(TEST_PAIRS, most), 2)}
+    pairs: dict[str, Pairs] = {}
+    for split, (count, judges) in counts.items():
+        shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
+        pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges), corpora[split])
+    facts = judged(fact_pairs(base, corpora["test"], config, seed), corpora["test"], seed_of(seed, "fact raters"))
+    return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
+
+
+def rated(config: Config, corpus: Corpus) -> Judgements:
+    """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
+    ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
+    parts = split_by_image(ratings_to_comparisons(ratings, config.seed), (0.6, 0.2, 0.2), config.seed)
+    train, val, test = (to_pairs(part, corpus) for part in parts)
+    return Judgements(train, val, test, None, rating_agreement(ratings, config.seed))
+
+
+def rating_agreement(ratings: Sequence[Rating], seed: int) -> float:
+    """Rate at which one rater, drawn at random, orders two captions of an image as the mean of the others does, neither being tied."""
+    rng = random.Random(seed_of(seed, "rating agreement"))
+    by_image: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in ratings:
+        if len(r.ratings) > 2:
+            one, *others = rng.sample(r.ratings, len(r.ratings))
+            by_image.setdefault((r.image, r.source), []).append((one, sum(others) / len(others)))
+    signs = [((p[0] - q[0]) * (p[1] - q[1])) for found in by_image.values() for p, q in combinations(found, 2)]
+    decided = [s > 0 for s in signs if s]
+    return sum(decided) / len(decided) if decided else float("nan")

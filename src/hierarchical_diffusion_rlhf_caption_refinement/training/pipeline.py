@@ -1,0 +1,146 @@
+"""The stages in order: what each needs, what it leaves, and the summary of a run."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example, load_examples
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import words_and_owners
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel, Words
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
+    FILES,
+    Eyes,
+    Kind,
+    load_denoiser,
+    load_eyes,
+    load_reward,
+    save_reward,
+    with_config,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import train_alignment
+from hierarchical_diffusion_rlhf_caption_refinement.training.base import train_base
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Judgements, rated, simulated
+from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
+    calibrate,
+    examine,
+    fit_ensemble,
+    head_of,
+    smoothing_from,
+    train_reward,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.training.reward_report import reward_report
+from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import train_rlhf
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Stage
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+
+JUDGE = "judge_model.pt"
+"""The held-out judge's file, beside the reward model's."""
+
+
+class MissingStage(ValueError):
+    """A stage whose results are needed is not there; the message says which command makes them."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    run: Run
+
+    @cached_property
+    def examples(self) -> dict[str, list[Example]]:
+        return load_examples(self.run.config.data, self.run.config.seed)
+
+    @cached_property
+    def words(self) -> Words:
+        return words_and_owners(self.eyes.tokenizer)
+
+    @cached_property
+    def eyes(self) -> Eyes:
+        return with_config(load_eyes(self.find("alignment"))[0], self.run.config)
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus]:
+        return {split: build_corpus(self.eyes, examples, self.run.cache) for split, examples in self.examples.items()}
+
+    def find(self, kind: Kind) -> Path:
+        """The checkpoint of an earlier stage. Raises MissingStage."""
+        path = self.run.config.sources / FILES[kind]
+        if not path.exists():
+            stage = "base" if kind == "alignment" else kind
+            config = "" if self.run.config.run == "default" else f" --config configs/{self.run.config.run}.yaml"
+            raise MissingStage(f"{path} does not exist; make it with: python scripts/train.py{config} --stage {stage}")
+        return path
+
+    def train(self, stages: Sequence[Stage]) -> None:
+        """Run the stages; when resuming, those that are complete are left as they are."""
+        for stage in stages:
+            if self.run.resume and stage in self.times() and (self.run.config.models / FILES[stage]).exists():
+                continue
+            self.note(stage, None)
+            started = time.perf_counter()
+            getattr(self, stage)()
+            self.run.accelerator.wait_for_everyone()
+            self.note(stage, time.perf_counter() - started)
+
+    def times(self) -> dict[str, float]:
+        """Seconds of every stage that is complete."""
+        path = self.run.config.results / "stages.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def note(self, stage: Stage, seconds: float | None) -> None:
+        """Record that a stage is complete; None: that it is not, any more."""
+        if self.run.main:
+            times = {name: value for name, value in self.times().items() if name != stage}
+            write_json(self.run.config.results / "stages.json", times | ({stage: seconds} if seconds is not None else {}))
+
+    def alignment(self) -> None:
+        train_alignment(self.run, self.examples)
+
+    def base(self) -> None:
+        if not (self.run.config.sources / FILES["alignment"]).exists():
+            self.train(["alignment"])
+        train_base(self.run, self.eyes, self.corpora)
+
+    def load_base(self) -> DiffusionCaptionModel:
+        return load_denoiser(self.find("base"), "base")[1].to(self.run.device)
+
+    def reward(self) -> None:
+        """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
+        base, config = self.load_base(), self.run.config
+        evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
+        found = rated(config, self.corpora["test"]) if config.data.ratings else simulated(config, base, self.corpora)
+        smoothing = smoothing_from(found.rater_agreement)
+        train, val = examine(evidence, found.train), examine(evidence, found.val)
+        used = head_of(train, config.reward.comparisons or len(train))
+        reward, facts = train_reward(self.run, evidence, used, val, smoothing)
+        calibrate(reward, val)
+        judge = RewardModel(evidence, config.reward.members, 0, config.reward.pessimism).to(self.run.device)
+        fit_ensemble(judge, val, config.reward, smoothing, seed_of(config.seed, "judge"))
+        for model in (reward, judge):
+            self.centre(model)
+        if self.run.main:
+            facts |= reward_report(reward, found, train, config.reward, config.seed)
+            write_json(config.results / "reward_report.json", facts)
+            save_reward(config.models / JUDGE, self.eyes, judge, {"comparisons": len(val)})
+            save_reward(config.models / FILES["reward"], self.eyes, reward, facts)
+
+    def centre(self, reward: RewardModel) -> None:
+        """Put the score's zero and unit on the base model's captions of validation images."""
+        corpus, config, device = self.corpora["val"], self.run.config, self.run.device
+        rows = list(range(min(len(corpus), 200)))
+        plan = replace(config.sampler, temperature=1.0, order="random", candidates=1, guidance=1.0, threshold=0.0, remask=0)
+        t = write_captions(reward.evidence.denoiser, corpus, rows, plan, config.seed).trajectory
+        scores = reward.members(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint[rows].to(device))
+        reward.set_base(scores[..., 0])
+
+    def rlhf(self) -> None:
+        base, device = self.load_base(), self.run.device
+        reward, judge = (load_reward(path, self.words)[0].to(device) for path in (self.find("reward"), self.run.config.sources / JUDGE))
+        train_rlhf(self.run, self.eyes, base, reward, judge, self.corpora, self.words)

@@ -1,0 +1,215 @@
+"""Stage 2: the reward model learns from comparisons: the linear head in closed form, then the reader by gradient, and what both are worth.
+
+Axes: n pairs, F features, M members, Q qualities, T caption length, W width, P image tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, QUALITIES, Evidence, RewardModel, davidson_logits
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs
+from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import RewardConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the evidence tells of one caption of each pair."""
+
+    features: Float[Tensor, "n F"]
+    hidden: Float[Tensor, "n T W"]
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Pairs together with their evidence; everything on the CPU."""
+
+    pairs: Pairs
+    a: Side
+    b: Side
+    image: Float[Tensor, "n P W"]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@torch.no_grad()
+def examine(evidence: Evidence, pairs: Pairs, shuffle: torch.Generator | None = None, chunk: int = 128) -> Examined:
+    """Evidence of both sides; with `shuffle`, about another pair's image: the baseline that cannot see."""
+    device = evidence.denoiser.mask.device
+    rows = pairs.rows
+    if shuffle is not None:
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=shuffle).tolist()]
+    found: dict[str, list[Side]] = {"a": [], "b": []}
+    images: list[Tensor] = []
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        image, joint = pairs.corpus.image(rows[part]).to(device), pairs.corpus.joint[rows[part]].to(device)
+        for name, (x0, length) in (("a", pairs.a), ("b", pairs.b)):
+            features, hidden, tokens = evidence.read(x0[part].to(device), length[part].to(device), image, joint)
+            found[name].append(Side(features.cpu(), hidden.cpu(), valid_positions(length[part], x0.shape[1])))
+        images.append(tokens.cpu())
+    a, b = (Side(*(torch.cat([getattr(s, f) for s in found[name]]) for f in ("features", "hidden", "valid"))) for name in ("a", "b"))
+    return Examined(pairs, a, b, torch.cat(images))
+
+
+def head_of(data: Examined, count: int) -> Examined:
+    """The first `count` pairs."""
+    a, b = (Side(s.features[:count], s.hidden[:count], s.valid[:count]) for s in (data.a, data.b))
+    return Examined(data.pairs.head(count), a, b, data.image[:count])
+
+
+def smoothing_from(agreement: float) -> float:
+    """Share of flipped choices that explains how often two raters agree: p = (1 - e)^2 + e^2."""
+    return 0.0 if math.isnan(agreement) else (1 - math.sqrt(max(2 * agreement - 1, 0.0))) / 2
+
+
+def targets(label: Int[Tensor, " n"], smoothing: float) -> Float[Tensor, "n 3"]:
+    return F.one_hot(label, 3).float() * (1 - 1.5 * smoothing) + 0.5 * smoothing
+
+
+def fit_linear(
+    difference: Float[Tensor, "n F"], target: Float[Tensor, "n 3"], weight: Float[Tensor, " n"], l2: float
+) -> tuple[Float[Tensor, " F"], Tensor]:
+    """Ridge-regularised Bradley-Terry weights with ties, and the log tie weight: a convex problem, solved by L-BFGS in float64."""
+    x, w = difference.double(), (weight / weight.sum().clamp(min=1)).double()
+    beta, tie = torch.zeros(x.shape[1], dtype=torch.double, requires_grad=True), torch.zeros((), dtype=torch.double, requires_grad=True)
+    solver = torch.optim.LBFGS([beta, tie], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-8)
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        nll = -(davidson_logits(x @ beta, tie).log_softmax(-1) * target.double()).sum(-1)
+        loss = (w * nll).sum() + l2 * beta.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(cast(Any, closure))
+    return beta.detach().float(), tie.detach().float()
+
+
+def fit_ensemble(reward: RewardModel, data: Examined, config: RewardConfig, smoothing: float, seed: int) -> None:
+    """Set the linear head of every member: each its own resample of the images and three quarters of the features."""
+    both = torch.cat([data.a.features, data.b.features])
+    reward.mean.copy_(both.mean(0))
+    reward.std.copy_(both.std(0).clamp(min=1e-6))
+    difference = (data.a.features - data.b.features) / reward.std.cpu()
+    target = targets(data.pairs.label, smoothing)
+    members = member_weights(data.pairs.rows, len(reward.linear), seed)
+    for m in range(len(reward.linear)):
+        chosen = torch.rand(len(FEATURES), generator=generator(seed, "member features", m)) < 0.75
+        for q in range(len(QUALITIES)):
+            weight = members[m] * data.pairs.reasons[:, q]
+            beta, tie = fit_linear(difference * chosen, target, weight, config.l2)
+            reward.linear[m, :, q] = (beta * chosen).to(reward.linear.device)
+            if q == 0:
+                reward.tie[m] = tie
+
+
+def member_weights(rows: list[int], members: int, seed: int) -> Float[Tensor, "M n"]:
+    """How often each pair is in each member's resample; pairs of an image go together."""
+    index = torch.tensor(rows)
+    draws = torch.poisson(torch.ones(members, int(index.max()) + 1), generator=generator(seed, "resample"))
+    return draws[:, index]
+
+
+def margins(model: nn.Module, data: Examined, rows: Tensor, device: torch.device) -> Float[Tensor, "M n Q"]:
+    """Raw score differences a - b of every member, from one pass; `model` is the reward model, perhaps wrapped for several processes."""
+    both = (torch.cat([getattr(data.a, f)[rows], getattr(data.b, f)[rows]]).to(device) for f in ("features", "hidden", "valid"))
+    a, b = model(*both, data.image[rows].repeat(2, 1, 1).to(device)).chunk(2, dim=1)
+    return a - b
+
+
+def mean_margin(reward: RewardModel, data: Examined, chunk: int = 256) -> Float[Tensor, " n"]:
+    """The ensemble's calibrated margin of the total quality, in logits."""
+    with torch.no_grad():
+        parts = [margins(reward, data, rows, reward.linear.device)[..., 0].mean(0).cpu() for rows in torch.arange(len(data)).split(chunk)]
+    return torch.cat(parts) / reward.temperature.cpu()
+
+
+def pair_nll(margin: Float[Tensor, " n"], label: Int[Tensor, " n"], tie: Tensor) -> Float[Tensor, " n"]:
+    return F.cross_entropy(davidson_logits(margin, tie), label, reduction="none")
+
+
+def decided_accuracy(margin: Float[Tensor, " n"], label: Int[Tensor, " n"]) -> Float[Tensor, " m"]:
+    """1 or 0 for every pair on which the rater chose a side."""
+    sided = label < 2
+    return ((margin[sided] > 0) == (label[sided] == 0)).float()
+
+
+def calibrate(reward: RewardModel, data: Examined) -> None:
+    """Temperature with the highest likelihood on held-out pairs that were decided."""
+    reward.temperature.fill_(1.0)
+    margin, label = mean_margin(reward, data), data.pairs.label
+    sided = label < 2
+    sign = torch.where(label[sided] == 0, 1.0, -1.0)
+    grid = torch.logspace(-1.5, 1.5, 121)
+    nll = -F.logsigmoid(sign * margin[sided] / grid[:, None]).mean(1)
+    reward.temperature.fill_(float(grid[nll.argmin()]))
+
+
+def train_reward(run: Run, evidence: Evidence, train: Examined, val: Examined, smoothing: float) -> tuple[RewardModel, Row]:
+    """The ensemble with the linear head and, where it predicts held-out choices better, the reader; and how that was decided."""
+    config, seed = run.config.reward, run.config.seed
+    torch.manual_seed(seed_of(seed, "reward"))
+    reward = RewardModel(evidence, config.members, config.reader_layers if config.reader else 0, config.pessimism).to(run.device)
+    with torch.no_grad():
+        fit_ensemble(reward, train, config, smoothing, seed)
+    linear = score_head(reward, val)
+    if not config.reader:
+        return reward.eval().requires_grad_(False), {
+            "reader": False,
+            "linear_val_loss": linear["loss"],
+            "linear_val_accuracy": linear["accuracy"],
+        }
+    state = run.state("reward", reward, config.fit, {"best_reader": {}})
+    weights, target = member_weights(train.pairs.rows, config.members, seed), targets(train.pairs.label, smoothing)
+
+    def objective(model: nn.Module, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        margin = margins(model, train, rows.cpu(), run.device)  # (M, B, Q)
+        logp = davidson_logits(margin, reward.tie[:, None, None]).log_softmax(-1)
+        nll = -(logp * target[rows.cpu()][None, :, None].to(logp.device)).sum(-1)  # (M, B, Q)
+        counted = (weights[:, rows.cpu(), None] * train.pairs.reasons[rows.cpu()][None]).to(nll.device)
+        return (nll * counted).mean(), {
+            "accuracy": decided_accuracy(margin[..., 0].mean(0).cpu(), train.pairs.label[rows.cpu()]).mean().nan_to_num()
+        }
+
+    def best(model: nn.Module, row: Row) -> None:
+        state.extra["best_reader"] = {name: value.detach().clone() for name, value in reward.readers.state_dict().items()}
+
+    def rows_of(index: int, rows: list[int], part: slice) -> Tensor:
+        return torch.tensor(rows[part])
+
+    run.fit(
+        "reward", state, config.fit, len(train), run.batches("reward", config.fit, len(train), rows_of), objective,
+        evaluate=lambda model: score_head(cast(RewardModel, model), val), better=("val_loss", "min"), best=best,
+    )  # fmt: skip
+    use_reader = state.best is not None and state.best < linear["loss"]
+    if use_reader:
+        reward.readers.load_state_dict(state.extra["best_reader"])
+    else:
+        reward.readers = nn.ModuleList()
+    facts = {
+        "reader": use_reader,
+        "linear_val_loss": linear["loss"],
+        "linear_val_accuracy": linear["accuracy"],
+        "reader_val_loss": state.best,
+    }
+    return reward.eval().requires_grad_(False), facts
+
+
+def score_head(reward: RewardModel, data: Examined) -> dict[str, float]:
+    """Held-out loss (nats per pair, ties included) and accuracy on decided pairs of the ensemble's mean."""
+    margin = mean_margin(reward, data)
+    accuracy = decided_accuracy(margin, data.pairs.label)
+    return {"loss": float(pair_nll(margin, data.pairs.label, reward.tie.mean().cpu()).mean()), "accuracy": float(accuracy.mean())}

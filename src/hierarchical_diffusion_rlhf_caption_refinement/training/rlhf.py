@@ -1,0 +1,334 @@
+"""Stage 3: the denoiser is refined by the hierarchical reward, with the exact policy gradient of its denoising trajectories.
+
+Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_of, text_statistics, write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, creditable, leave_one_word_out, step_potential
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel, Words
+from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Score, Trajectory, noise_for, sample, score
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_denoiser, save_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import (
+    Dense,
+    HierarchicalRewardShaper,
+    Scales,
+    Shaped,
+    dense_from_potential,
+    dense_from_words,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.training.base import (
+    LENGTH_WEIGHT,
+    CaptionBatch,
+    caption_batch,
+    caption_loss,
+    validation_loss,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+
+SCALE_DECAY = 0.9
+"""Decay of the running scales of the two rewards, per rollout."""
+PATIENCE = 5
+"""Updates in a row above the KL limit that stop training."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled captions, the probabilities they were sampled with, and what they earned: data, without gradient."""
+
+    x0: Int[Tensor, "B T"]
+    step: Int[Tensor, "B T"]
+    length: Int[Tensor, " B"]
+    image: Float[Tensor, "N P F"]
+    logp: Float[Tensor, "B T"]
+    length_logp: Float[Tensor, " B"]
+    advantage: Float[Tensor, "B T"]
+    length_advantage: Float[Tensor, " B"]
+    reference: Float[Tensor, "B T V"]
+    """Log-probabilities of the frozen base model at the same moments."""
+    length_reference: Float[Tensor, "N T"]
+    anchor: CaptionBatch | None
+    facts: dict[str, float]
+
+
+def rollout_plan(config: RLHFConfig) -> SamplerConfig:
+    return SamplerConfig(steps=config.steps, schedule=config.schedule, order=config.order, temperature=config.temperature)
+
+
+def dense_reward(
+    alignment: Alignment, words: Words, t: Trajectory, joint: Float[Tensor, "B E"], config: ShapingConfig, steps: int
+) -> Dense:
+    """Token-level CLIP credit of a rollout, by the method the config names."""
+    width = t.x0.shape[1]
+    said = [words(row[:n]) for row, n in zip(t.x0.tolist(), t.length.tolist(), strict=True)]
+    able = [[o < len(w) and creditable(w)[o] for o in owners] + [False] * (width - len(owners)) for w, owners in said]
+    credited = torch.tensor(able, device=t.x0.device)
+    if config.dense == "leave_one_word_out":
+        credit = leave_one_word_out(alignment, [w for w, _ in said], [o for _, o in said], joint, width)
+        return dense_from_words(credit, credited, t.step, steps)
+    assert t.drafts is not None
+    drafts = [[" ".join(words(draft[:n])[0]) for draft in row] for row, n in zip(t.drafts.tolist(), t.length.tolist(), strict=True)]
+    return dense_from_potential(step_potential(alignment, drafts, joint), credited, t.step)
+
+
+def log_odds(confidence: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return torch.logit(confidence.clamp(1e-4, 1 - 1e-4))
+
+
+def policy_loss(
+    model: nn.Module, rollout: Rollout, config: RLHFConfig, kl_weight: float, allowed: Tensor
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Clipped policy gradient plus exact KL to the base model, per caption and divided by the constant T; and the anchor.
+
+    loss = -1/(B T) sum_i min(r_i A_i, clip(r_i) A_i) + kl_weight / (B T) sum_i KL(policy_i || base_i), over tokens and the length.
+    """
+    scored = score(model, rollout.x0, rollout.step, rollout.length, rollout.image, config.temperature)
+    width = rollout.x0.shape[1]
+    gain = clipped_gain(scored.logp, rollout.logp, rollout.advantage, config.clip).sum(1)
+    gain = gain + clipped_gain(scored.length_logp, rollout.length_logp, rollout.length_advantage, config.clip)
+    kl = trajectory_kl(scored, rollout)
+    loss = (kl_weight * kl - gain).mean() / width
+    written = rollout.advantage.new_ones(()) * ((rollout.step > 0) & (rollout.step < HIDDEN))
+    entropy = -(scored.distribution.exp() * scored.distribution.nan_to_num(neginf=0.0)).sum(-1)
+    ratio = (scored.logp - rollout.logp).exp()
+    facts = {
+        "kl": kl.mean(),
+        "entropy": (entropy * written).sum() / written.sum(),
+        "clipped": (((ratio - 1).abs() > config.clip) * written).sum() / written.sum(),
+    }
+    if rollout.anchor is not None:
+        nll, length = caption_loss(model, rollout.anchor, allowed)
+        loss = loss + config.anchor * (nll.mean() + LENGTH_WEIGHT * length.mean())
+    return loss, facts
+
+
+def clipped_gain(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's pessimistic surrogate; at ratio 1 its gradient is the plain policy gradient."""
+    ratio = (logp - old).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def categorical_kl(p: Float[Tensor, "... V"], q: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    """KL(p || q) in nats of log-probabilities; outcomes that neither allows count nothing."""
+    return (p.exp() * (p.nan_to_num(neginf=0.0) - q.nan_to_num(neginf=0.0))).sum(-1)
+
+
+def trajectory_kl(scored: Score, rollout: Rollout) -> Float[Tensor, " B"]:
+    """Exact KL to the base model at every decision the trajectory visited, length included: nats per caption."""
+    written = (rollout.step > 0) & (rollout.step < HIDDEN)
+    tokens = (categorical_kl(scored.distribution, rollout.reference) * written).sum(1)
+    lengths = categorical_kl(scored.length_distribution, rollout.length_reference)
+    return tokens + lengths.repeat_interleave(len(rollout.x0) // len(rollout.image), 0)
+
+
+@dataclass
+class Trainer:
+    """Everything frozen that rollouts need, and the policy they are drawn from."""
+
+    run: Run
+    policy: DiffusionCaptionModel
+    reference: DiffusionCaptionModel
+    reward: RewardModel
+    words: Words
+    corpus: Corpus
+    extra: dict[str, Any]
+    """Running scales, confidence statistics and KL weight: `TrainState.extra`, so that they survive a kill."""
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    def rollouts(self, start: int) -> Iterator[Rollout]:
+        """From update `start` on; each rollout serves `inner_updates` updates."""
+        inner = self.config.rlhf.inner_updates
+        index = start // inner
+        while True:
+            rollout = self.roll(index)
+            for _ in range(inner):
+                yield rollout
+            index += 1
+
+    def rows(self, index: int) -> list[int]:
+        """Images of rollout `index` that are this process's."""
+        size, accelerator = self.config.rlhf.fit.batch_size, self.run.accelerator
+        rows = batch_indices(len(self.corpus), size, index, self.config.seed, "rlhf")
+        return rows[share(size, accelerator.process_index, accelerator.num_processes)]
+
+    @torch.no_grad()
+    def sample(self, policy: DiffusionCaptionModel, rows: Sequence[int], corpus: Corpus, key: object) -> tuple[Trajectory, Tensor, Tensor]:
+        """Captions of the rows by the rollout policy, with the images' tokens and joint embeddings."""
+        config, device = self.config, self.run.device
+        image, joint = corpus.image(rows).to(device), corpus.joint[list(rows)].to(device)
+        keys = [(key, corpus.examples[row].key) for row in rows]
+        noise = noise_for(keys, config.rlhf.group, config.rlhf.steps, policy.max_length, config.seed).to(device)
+        policy.eval()
+        drafts = config.shaping.dense == "step_potential" and config.shaping.clip_weight > 0
+        return sample(policy, image, rollout_plan(config.rlhf), noise, drafts=drafts), image, joint
+
+    @torch.no_grad()
+    def roll(self, index: int) -> Rollout:
+        """Sample, reward, shape."""
+        config, group = self.config.rlhf, self.config.rlhf.group
+        t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index))
+        sparse = self.reward.score(t.x0, t.length, image, joint)
+        dense = self.dense(t, joint.repeat_interleave(group, 0))
+        shaper = HierarchicalRewardShaper(self.config.shaping)
+        scales = self.update_scales(*shaper.squares(dense, sparse, t.step, group))
+        mean, std = self.extra["confidence"]
+        shaped = shaper(dense, sparse, (log_odds(t.confidence) - mean) / std, t.step, group, scales)
+        base = score(self.reference, t.x0, t.step, t.length, image, config.temperature)
+        anchor = None
+        if config.anchor:
+            g = generator(self.config.seed, "anchor", index)
+            anchor = caption_batch(self.corpus, self.rows(index), slice(None), self.config.base, g)
+        return Rollout(
+            t.x0, t.step, t.length, image, t.logp, t.length_logp, shaped.advantage, shaped.length,
+            base.distribution, base.length_distribution, anchor, rollout_facts(t, dense, sparse, shaped, group),
+        )  # fmt: skip
+
+    def dense(self, t: Trajectory, joint: Float[Tensor, "B E"]) -> Dense:
+        config = self.config
+        if config.shaping.clip_weight == 0:  # the ablation does not even look
+            none = torch.zeros_like(t.logp)
+            return Dense(none, none.new_zeros(len(none), config.rlhf.steps), none.bool())
+        return dense_reward(self.reward.evidence.alignment, self.words, t, joint, config.shaping, config.rlhf.steps)
+
+    def update_scales(self, dense: Tensor, sparse: Tensor) -> Scales:
+        """Running mean squares over rollouts and processes."""
+        new = cast(Tensor, self.run.accelerator.reduce(torch.stack([dense, sparse]), "mean")).tolist()
+        old = self.extra.get("squares", new)
+        self.extra["squares"] = [SCALE_DECAY * o + (1 - SCALE_DECAY) * n for o, n in zip(old, new, strict=True)]
+        return Scales(*(value**0.5 for value in self.extra["squares"]))
+
+
+def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-8))
+
+
+def rollout_facts(t: Trajectory, dense: Dense, sparse: Float[Tensor, " B"], shaped: Shaped, group: int) -> dict[str, float]:
+    """What the log tells of a rollout: rewards, alpha and its histogram, each component's share, groups without any contrast."""
+    written = (t.step > 0) & (t.step < HIDDEN)
+    alpha, total = shaped.alpha[written], shaped.dense.abs()[written].sum() + shaped.sparse.abs()[written].sum()
+    spread = sparse.view(-1, group).std(1, correction=0)
+    histogram = torch.histc(alpha, 10, 0.0, 1.0) / len(alpha)
+    return {
+        "reward": float(sparse.mean()),
+        "dense_reward": float(dense.per_step.sum(1).mean()),
+        "mean_words": float(t.length.float().mean()),
+        "confidence": float(t.confidence[written].mean()),
+        "alpha": float(alpha.mean()),
+        "alpha_sparse_correlation": correlation(alpha, sparse[:, None].expand_as(t.logp)[written]),
+        "alpha_dense_correlation": correlation(alpha, dense.token[written]),
+        "dense_share": float(shaped.dense.abs()[written].sum() / total.clamp(min=1e-8)),
+        "zero_spread": float((spread < 1e-4).float().mean()),
+        **{f"alpha_{i / 10:.1f}": float(v) for i, v in enumerate(histogram)},
+    }
+
+
+def kl_guard(config: RLHFConfig, extra: dict[str, Any]) -> Any:
+    """The KL controller (Ziegler et al. 2019: proportional, one-sided) and the hard stop, as the engine's `stop`."""
+
+    def stop(state: TrainState, row: Row) -> str | None:
+        if config.kl_target:
+            error = min(max(row["kl"] / config.kl_target - 1, -0.2), 0.2)
+            extra["kl_weight"] = max(config.kl, extra["kl_weight"] * (1 + 0.1 * error))
+        over = deque([*extra["over"], row["kl"] > config.kl_stop], maxlen=PATIENCE)
+        extra["over"] = list(over)
+        return f"KL above {config.kl_stop:g} nats per caption for {PATIENCE} updates" if sum(over) == PATIENCE else None
+
+    return stop
+
+
+def alarms(now: dict[str, float], base: dict[str, float]) -> list[str]:
+    """Signs of over-optimisation on held-out images, relative to the base model."""
+    found = []
+    if now["repetition"] > base["repetition"] + 0.05:
+        found.append("repetition")
+    if abs(now["mean_words"] / base["mean_words"] - 1) > 0.4:
+        found.append("length drift")
+    if now["distinct_2"] < 0.5 * base["distinct_2"]:
+        found.append("narrow vocabulary")
+    if now["bad_endings"] > base["bad_endings"] + 0.05:
+        found.append("bad endings")
+    if now["entropy"] < 0.2 * base["entropy"]:
+        found.append("entropy floor")
+    return found
+
+
+@torch.no_grad()
+def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, judge: RewardModel) -> dict[str, float]:
+    """Proxy, judge and (for scenes) gold of greedy captions of held-out images, with the text statistics that guard against hacking,
+    and KL and entropy of the rollout policy there."""
+    config, device = trainer.config, trainer.run.device
+    rows = list(range(len(corpus)))
+    written = write_captions(policy, corpus, rows, config.sampler, config.seed, trainer.reward)
+    t = written.trajectory
+    assert written.reward is not None
+    judged = judge.score(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint.to(device))
+    some = rows[: max(1, min(len(rows), 128))]
+    rolled, image, _ = trainer.sample(policy, some, corpus, "held out")
+    mine = score(policy, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
+    base = score(trainer.reference, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
+    inside = (rolled.step > 0) & (rolled.step < HIDDEN)
+    kl = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean() + categorical_kl(mine.length_distribution, base.length_distribution).mean()  # fmt: skip
+    entropy = -(mine.distribution.exp() * mine.distribution.nan_to_num(neginf=0.0)).sum(-1)[inside].mean()
+    facts = {"reward": float(written.reward.mean()), "judge": float(judged.mean()), "kl": float(kl), "entropy": float(entropy)}
+    gold = gold_of(corpus.examples)
+    truth = {f"gold_{name}": value for name, value in gold(written.texts).items()} if gold else {}
+    loss = {"loss": validation_loss(policy, corpus, config.base, config.seed)}
+    return loss | facts | text_statistics(written.texts) | truth
+
+
+def train_rlhf(
+    run: Run, eyes: Eyes, base: DiffusionCaptionModel, reward: RewardModel, judge: RewardModel, corpora: dict[str, Corpus], words: Words
+) -> Path:
+    """Writes best_rlhf_model.pt: the weights that the held-out judge, never used as reward, likes best."""
+    config, path = run.config, run.config.models / FILES["rlhf"]
+    policy, reference = build_denoiser(eyes), base.to(run.device).eval().requires_grad_(False)
+    policy.load_state_dict(base.state_dict())
+    extra: dict[str, Any] = {"kl_weight": config.rlhf.kl, "over": []}
+    state = run.state("rlhf", policy, config.rlhf.fit, extra)
+    trainer = Trainer(run, policy, reference, reward, words, corpora["train"], state.extra)
+    if "base" not in state.extra:
+        sampled, _, _ = trainer.sample(reference, list(range(min(len(corpora["val"]), 128))), corpora["val"], "confidence")
+        odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])
+        state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
+        state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
+        if run.main:
+            run.log.write("rlhf", {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()})
+
+    def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, facts = policy_loss(model, rollout, config.rlhf, state.extra["kl_weight"], policy.allowed)
+        return loss, {**facts, **rollout.facts, "kl_weight": state.extra["kl_weight"]}
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        now = held_out(trainer, cast(DiffusionCaptionModel, model), corpora["val"], judge)
+        return now | {"alarms": float(len(alarms(now, state.extra["base"])))}
+
+    def best(model: nn.Module, row: Row) -> None:
+        save_denoiser(path, "rlhf", eyes, model, {"row": row})
+
+    count, inner = len(corpora["train"]), config.rlhf.inner_updates
+    run.fit(
+        "rlhf", state, config.rlhf.fit, count, trainer.rollouts, objective, evaluate=evaluate,
+        better=("val_judge", "max"), best=best, stop=kl_guard(config.rlhf, state.extra), boundary=inner,
+    )  # fmt: skip
+    return path

@@ -1,0 +1,95 @@
+"""What every stage is given: the settings, the processes, the log, and one way to train."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share, stream
+from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Better, Evaluate, Objective, Row, Stop, fit
+from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, make_optimizer
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, FitConfig, Stage
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    accelerator: Accelerator
+    log: RunLog
+    resume: bool
+    cache: Path = Path("cache")
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def last(self, stage: Stage) -> Path:
+        return self.config.models / f"last_{stage}.pt"
+
+    def state(self, stage: Stage, model: nn.Module, cfg: FitConfig, extra: dict[str, Any] | None = None) -> TrainState:
+        """A fresh state, or the stage's last one when resuming; what an earlier run left is cleared otherwise."""
+        model.to(self.device)
+        state = TrainState(model, make_optimizer(model, cfg), extra=extra or {})
+        if self.resume:
+            state.restore(self.last(stage))
+        elif self.main:
+            self.last(stage).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def batches(self, name: str, cfg: FitConfig, count: int, make: Callable[[int, list[int], slice], T]) -> Callable[[int], Iterator[T]]:
+        """A stream of `make(batch number, rows of the whole batch, this process's part of them)`."""
+        part = share(cfg.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
+        return stream(lambda i: make(i, batch_indices(count, cfg.batch_size, i, self.config.seed, name), part))
+
+    def fit(
+        self,
+        stage: Stage,
+        state: TrainState,
+        cfg: FitConfig,
+        count: int,
+        batches: Callable[[int], Iterator[Any]],
+        objective: Objective,
+        *,
+        evaluate: Evaluate,
+        better: Better,
+        best: Callable[[nn.Module, Row], None],
+        stop: Stop | None = None,
+        boundary: int = 1,
+    ) -> TrainState:
+        """Train through the engine, with this stage's progress, log and resumable checkpoint."""
+        steps = steps_per_epoch(cfg, count, boundary)
+        with self.log.stage(stage, cfg.epochs * steps, state.step) as log:
+            return fit(
+                state,
+                batches,
+                objective,
+                cfg,
+                steps_per_epoch=steps,
+                accelerator=self.accelerator,
+                seed=self.config.seed,
+                evaluate=evaluate,
+                better=better,
+                best=best,
+                stop=stop,
+                log=log,
+                last=self.last(stage),
+                boundary=boundary,
+            )
+
+
+def steps_per_epoch(cfg: FitConfig, count: int, boundary: int = 1) -> int:
+    """Updates that see `epoch_size` examples (0: all `count`), rounded up to whole rollouts."""
+    updates = max(1, (cfg.epoch_size or count) // (cfg.batch_size * cfg.grad_accum))
+    return -(-updates // boundary) * boundary

@@ -1,0 +1,90 @@
+"""Checkpoint files: written whole or not at all, and read without running anything that is in them."""
+
+import contextlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message is one line that names the file and the reason."""
+
+
+def save(path: str | Path, kind: str, payload: dict[str, Any]) -> None:
+    """Write a payload of tensors, dicts, lists, text and numbers; until it is on the disk, whole, the old file stays.
+
+    Raises CheckpointError if the file cannot be written, for example because the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, "payload": payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch reports a failed write as a RuntimeError of its own
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be written: {cause.strerror or cause}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def load(path: str | Path, kind: str) -> dict[str, Any]:
+    """The payload that `save` wrote, its tensors on the CPU.
+
+    Raises CheckpointError for a file that is missing, empty, damaged, of another kind or of a newer format, and for one that holds Python
+    objects: those are refused, because unpickling them can run any code.
+    """
+    saved = _read(Path(path))
+    if not isinstance(saved, dict) or not {"format", "kind", "payload"} <= saved.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    if saved["format"] > FORMAT:
+        raise CheckpointError(f"{path}: has format {saved['format']}, this version reads up to {FORMAT}; update the package")
+    if saved["kind"] != kind:
+        raise CheckpointError(f"{path}: is a {saved['kind']} checkpoint, expected {kind}")
+    return saved["payload"]
+
+
+def kind_of(path: str | Path) -> str:
+    """What kind of checkpoint a file is. Raises CheckpointError."""
+    saved = _read(Path(path))
+    if not isinstance(saved, dict) or "kind" not in saved:
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    return saved["kind"]
+
+
+def _read(path: Path) -> Any:
+    refused = CheckpointError(f"{path}: refused: it holds Python objects, which can run code when loaded; none of it was run")
+    damaged = CheckpointError(f"{path}: damaged or cut short")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if not start:
+            raise CheckpointError(f"{path}: empty file")
+        if not zipfile.is_zipfile(path):
+            if start[0] == 0x80:  # first byte of a bare pickle
+                raise refused
+            raise damaged if start.startswith(b"PK") else CheckpointError(f"{path}: not a checkpoint")
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            if archive.testzip() is not None:
+                raise damaged
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except zipfile.BadZipFile:
+        raise damaged from None
+    except pickle.UnpicklingError:
+        raise refused from None
+    except RuntimeError:  # an archive, but not one of torch's
+        raise CheckpointError(f"{path}: not a checkpoint") from None

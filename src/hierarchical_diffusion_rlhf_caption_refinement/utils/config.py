@@ -1,0 +1,369 @@
+"""Every knob of the project, on one page: frozen dataclasses filled from YAML and `key.sub=value` arguments.
+
+The defaults here are the built-in benchmark's (`configs/default.yaml` spells them out). This is the only file that knows OmegaConf.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Schedule = Literal["linear", "cosine", "log_linear", "shifted"]
+Order = Literal["random", "spread", "left_to_right", "plackett_luce", "confidence"]
+Stage = Literal["alignment", "base", "reward", "rlhf"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line fit for the terminal."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One stage's optimisation, the same for every stage."""
+
+    epochs: int = 10
+    """Passes over `epoch_size` examples; evaluation runs after each."""
+    epoch_size: int = 0
+    """Examples per epoch; 0 means the whole training split."""
+    batch_size: int = 64
+    """Examples per update over all processes, before accumulation."""
+    grad_accum: int = 1
+    """Batches whose gradients are averaged into one update."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup: float = 0.05
+    """Share of all updates in which the learning rate rises linearly."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: half a cosine to zero, or flat."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Decay of the weight average that is evaluated and kept; 0 keeps the weights themselves."""
+    patience: int = 0
+    """Epochs without improvement before the stage stops; 0 never stops early."""
+    save_every: int = 50
+    """Updates between resumable checkpoints."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0 and self.batch_size > 0 and self.grad_accum > 0, "epochs, batch_size and grad_accum must be positive")
+        _require(0 <= self.warmup < 1, f"warmup is a share of all updates in [0, 1), got {self.warmup}")
+        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(self.save_every > 0, "save_every must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["scenes", "jsonl", "folder"] = "scenes"
+    """`scenes`: the built-in benchmark; `jsonl`: rows of image, captions, split; `folder`: images with .txt sidecars."""
+    path: str = ""
+    """The JSONL file or the folder; unused by scenes."""
+    images: str = ""
+    """Root of relative image names in the JSONL; default: the folder `images` beside it, else its own folder."""
+    train: int = 8000
+    """Training images: rendered by scenes, an upper limit elsewhere (0: all)."""
+    val: int = 400
+    test: int = 400
+    captions_per_image: int = 3
+    """Captions that scenes writes per image; other sources have their own."""
+    max_words: int = 20
+    """Longest caption, in tokens; longer ones are left out of training."""
+    tokenizer: str = "words"
+    """`words`: a word vocabulary built from the training captions; else a Hugging Face tokenizer id or directory."""
+    min_count: int = 1
+    """Training occurrences that a word needs to enter the vocabulary of `words`."""
+    ratings: str = ""
+    """JSONL of human ratings (image, caption, ratings, scale): the comparisons of the reward stage; empty: simulated raters (scenes only)."""
+
+    def __post_init__(self) -> None:
+        _require(self.source == "scenes" or bool(self.path), f"data.path is needed for data.source={self.source}")
+        _require(self.max_words > 0, "data.max_words must be positive")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    backbone: str = "patches"
+    """`patches`: a small encoder trained here with the alignment model; else a Hugging Face vision model id or directory, kept frozen."""
+    width: int = 128
+    """Width of the image tokens: of the trained encoder, or of the PCA of the frozen backbone's."""
+    image_size: int = 64
+    """Side in pixels of the square that `patches` reads; a pretrained backbone brings its own."""
+    patch_size: int = 16
+    layers: int = 1
+    """Transformer layers of `patches`."""
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    pretrained: str = ""
+    """Hugging Face CLIPModel id or directory; empty: train our own towers on the captions."""
+    width: int = 128
+    layers: int = 1
+    """Transformer layers of the text tower."""
+    heads: int = 4
+    embed: int = 128
+    """Width of the joint embedding space."""
+    dropout: float = 0.0
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=15, batch_size=128, lr=1e-3))
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The denoiser and its training."""
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    dropout: float = 0.0
+    schedule: Schedule = "cosine"
+    """How many tokens each training step reveals."""
+    left_to_right: float = 0.3
+    """Share of training captions revealed one word at a time from the left; the rest in random order."""
+    image_dropout: float = 0.1
+    """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=15, batch_size=128, lr=2e-3, ema_decay=0.99))
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Captioning for evaluation and prediction."""
+
+    steps: int = 8
+    schedule: Schedule = "linear"
+    order: Order = "spread"
+    """Which positions come first; `confidence` has no closed-form probability and is for inference only."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Nucleus of the token distribution to sample from."""
+    threshold: float = 0.0
+    """Reveal every token that is at least this confident, besides the scheduled ones; 0 turns it off."""
+    guidance: float = 1.0
+    """Classifier-free guidance on the image; 1 turns it off."""
+    remask: int = 0
+    """Extra rounds that take back the least confident eighth of the words and write them again."""
+    min_words: int = 1
+    max_words: int = 0
+    """Bounds on the length, in tokens; 0 means data.max_words."""
+    candidates: int = 1
+    """Captions drawn per image; the reward model keeps the best."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0 and self.candidates > 0, "sampler.steps and sampler.candidates must be positive")
+        _require(self.temperature >= 0, "sampler.temperature must not be negative")
+        _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
+        _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    comparisons: int = 1000
+    """Comparisons that simulated raters make of the base model's captions (scenes); with ratings, an upper limit (0: all)."""
+    curve: tuple[int, ...] = (100, 300, 1000, 3000)
+    """Numbers of comparisons for the report's learning curve."""
+    members: int = 4
+    """Ensemble members; each sees its own resample and its own features."""
+    pessimism: float = 0.5
+    """The reward is the ensemble's mean minus this many standard deviations."""
+    reader: bool = True
+    """Also try the transformer reader on top of the linear head; held-out likelihood decides whether it stays."""
+    reader_layers: int = 1
+    """Blocks of the reader, started from the denoiser's last ones."""
+    l2: float = 0.01
+    """Ridge penalty of the linear head."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=5, batch_size=64, lr=3e-4))
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+    """R(t) = alpha(c) R_dense(t) + (1 - alpha(c)) R_sparse."""
+
+    clip_weight: float = 0.5
+    """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
+    preference_weight: float = 0.5
+    """Weight of the sparse preference reward."""
+    kappa: float = 1.0
+    """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
+    dense: Literal["leave_one_word_out", "step_potential"] = "leave_one_word_out"
+    credit: Literal["local", "to_go", "potential"] = "local"
+    alpha_min: float = 0.1
+    alpha_max: float = 0.9
+    """Bounds on alpha when both weights are positive."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
+        _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
+        _require(0 <= self.alpha_min <= self.alpha_max <= 1, "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold")
+        _require(
+            self.credit != "potential" or self.dense == "step_potential", "shaping.credit=potential needs shaping.dense=step_potential"
+        )
+
+
+@dataclass(frozen=True)
+class RLHFConfig:
+    group: int = 6
+    """Captions sampled per image and compared with each other."""
+    steps: int = 6
+    schedule: Schedule = "linear"
+    order: Order = "spread"
+    """Order of the rollouts; it must not be `confidence`, whose probability has no closed form."""
+    temperature: float = 1.0
+    inner_updates: int = 1
+    """Updates per rollout; 1 is the plain policy gradient."""
+    clip: float = 0.2
+    """PPO clip range of the ratio."""
+    kl: float = 0.03
+    """Weight of the exact KL to the frozen base model, per caption."""
+    kl_target: float = 6.0
+    """Nats per caption at which the controller holds the KL by raising its weight; 0 keeps the weight fixed."""
+    kl_stop: float = 20.0
+    """Nats per caption, five updates running, at which training stops."""
+    anchor: float = 0.0
+    """Weight of the base objective on reference captions."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=8, epoch_size=240, batch_size=16, lr=2e-4, decay="constant"))
+
+    def __post_init__(self) -> None:
+        _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")
+        _require(
+            self.order != "confidence",
+            "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
+        )
+        _require(self.temperature > 0, "rlhf.temperature must be positive: a greedy policy does not explore")
+        _require(self.fit.save_every % self.inner_updates == 0, "rlhf.fit.save_every must be a multiple of rlhf.inner_updates")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = "default"
+    """Name of the run, from the config file's name if not given. `default` writes to models/ and results/, any other to folders in them."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads; 0 takes the idle cores when a run starts, and a resumed run keeps what it had."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    start_from: str = ""
+    """Folder with the alignment, base and reward checkpoints of another run to build on; default: the run's own."""
+    track: str = ""
+    """Accelerate tracker that also gets the metrics (tensorboard, wandb, trackio); empty: metrics.jsonl alone."""
+    data: DataConfig = field(default_factory=DataConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    rlhf: RLHFConfig = field(default_factory=RLHFConfig)
+
+    @property
+    def models(self) -> Path:
+        return Path("models") if self.run == "default" else Path("models") / self.run
+
+    @property
+    def results(self) -> Path:
+        return Path("results") if self.run == "default" else Path("results") / self.run
+
+    @property
+    def sources(self) -> Path:
+        """Where the checkpoints that a stage builds on are read from."""
+        return Path(self.start_from) if self.start_from else self.models
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass tree, groups included."""
+    keys: list[str] = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            keys += _keys(f.type, prefix + f.name + ".")
+    return keys
+
+
+def _check_keys(tree: Any, where: str, prefix: str = "") -> None:
+    known = _keys(Config)
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
+        if isinstance(value, dict):
+            _check_keys(value, where, key + ".")
+
+
+def _layer(where: str, node: Any) -> Any:
+    tree = OmegaConf.to_container(node)
+    if tree is None:
+        return OmegaConf.create({})
+    _require(isinstance(tree, dict), f"{where}: expected key: value pairs")
+    _check_keys(tree, where)
+    return node
+
+
+def _read_yaml(path: str) -> Any:
+    try:
+        return _layer(path, OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML's own error classes are not OmegaConf's
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then YAML files, then `key.sub=value` arguments; later ones win.
+
+    Raises ConfigError with one line for an unknown key (naming the nearest valid one), a wrong type or an impossible combination.
+    """
+    layers = [_read_yaml(str(f)) for f in files]
+    for text in overrides:
+        _require("=" in text, f"{text}: expected key.sub=value")
+        layers.append(_layer(text, OmegaConf.from_dotlist([text])))
+    if files:
+        layers.insert(0, OmegaConf.create({"run": Path(files[-1]).stem}))
+    try:
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers)))
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(key + str(error).splitlines()[0]) from None
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with single settings changed. Raises ConfigError."""
+    return load_config([], [*_flat(to_plain(config)), *overrides]) if overrides else config
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    return [line for k, v in tree.items() for line in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}={_text(v)}"])]
+
+
+def _text(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value).replace("None", "null")
+
+
+def config_from_plain(tree: dict[str, Any]) -> Config:
+    """The config that `to_plain` wrote into a checkpoint."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree))))
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """Nested dict of plain values, for checkpoints, JSON and YAML."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

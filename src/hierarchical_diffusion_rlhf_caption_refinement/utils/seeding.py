@@ -1,0 +1,37 @@
+"""What makes a run repeatable: seeds that are a function of the run's seed and of what they are used for, and the CPU threads."""
+
+import hashlib
+import os
+
+import torch
+
+
+def seed_of(seed: int, *key: object) -> int:
+    """63-bit hash of the seed and a key (its repr), the same in every process and on every machine."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, *key: object) -> torch.Generator:
+    """CPU generator for one purpose, e.g. `generator(config.seed, "rollout", step)`."""
+    return torch.Generator().manual_seed(seed_of(seed, *key))
+
+
+def seed_global(device: torch.device, seed: int, *key: object) -> None:
+    """Seed the global generators of the CPU and of `device` for one purpose; `torch.manual_seed` is slow: it visits every backend."""
+    torch.default_generator.manual_seed(seed_of(seed, *key))
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed_of(seed, *key))
+
+
+def set_threads(threads: int) -> int:
+    """Set and return torch's CPU threads; 0 takes the cores that are idle now, shared among the processes that torchrun started here.
+
+    One thread more than there are idle cores makes training several times slower: OpenMP threads spin while they wait for it.
+    """
+    if threads <= 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, (cores - round(load)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    return threads

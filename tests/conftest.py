@@ -1,0 +1,32 @@
+"""Shared by all tests: one thread, no network, and the optional folders that lie beside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _folder(*parts: str) -> Path:
+    folder = SHARED.joinpath(*parts)
+    if not folder.is_dir():
+        pytest.skip(f"no folder {'/'.join(('../shared', *parts))}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """Flickr8k: `captions.jsonl`, `human_ratings.jsonl` and `images/`."""
+    return _folder("flickr8k")
+
+
+@pytest.fixture(scope="session")
+def mobilenet() -> Path:
+    """MobileNetV2 as a Hugging Face directory."""
+    return _folder("models", "mobilenet_v2")

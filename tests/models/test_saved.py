@@ -1,0 +1,90 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, words_and_owners
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
+    Eyes,
+    build_alignment,
+    build_denoiser,
+    load_denoiser,
+    load_eyes,
+    load_reward,
+    save_denoiser,
+    save_eyes,
+    save_reward,
+    with_config,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import build_vision
+from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import AlignmentConfig, BaseConfig, Config, DataConfig, VisionConfig
+
+CONFIG = Config(
+    run="toy",
+    data=DataConfig(max_words=6),
+    vision=VisionConfig(width=16, image_size=32, patch_size=16, layers=1, heads=2),
+    alignment=AlignmentConfig(width=16, heads=2, embed=8),
+    base=BaseConfig(width=16, layers=2, heads=2),
+)
+
+
+@pytest.fixture
+def eyes() -> Eyes:
+    torch.manual_seed(0)
+    tokenizer, vision = build_tokenizer(["a red dog", "the blue cat"], 1), build_vision(CONFIG.vision)
+    return Eyes(CONFIG, tokenizer, banned_ids(tokenizer), vision, build_alignment(CONFIG, tokenizer, vision.width))
+
+
+def test_eyes_come_back_as_they_were(eyes: Eyes, tmp_path: Path) -> None:
+    save_eyes(tmp_path / "eyes.pt", eyes, {"row": {"val": 0.5}})
+    back, facts = load_eyes(tmp_path / "eyes.pt")
+    assert facts == {"row": {"val": 0.5}} and back.config == CONFIG and back.banned == eyes.banned == (0, 1)
+    assert back.tokenizer.to_str() == eyes.tokenizer.to_str() and back.vision.fingerprint() == eyes.vision.fingerprint()
+    torch.testing.assert_close(back.alignment.embed_texts(["a red cat"]), eyes.alignment.embed_texts(["a red cat"]))
+    assert not any(p.requires_grad for p in back.alignment.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_captioner_comes_back_with_all_it_needs(eyes: Eyes, tmp_path: Path) -> None:
+    model = build_denoiser(eyes, dropout=0.5)
+    save_denoiser(tmp_path / "base.pt", "base", eyes, model, {})
+    back, loaded, _ = load_denoiser(tmp_path / "base.pt", "base")
+    x0, step, length, image = torch.full((1, 3), 2), torch.ones(1, 3, dtype=torch.long), torch.tensor([3]), torch.randn(1, 4, 16)
+    torch.testing.assert_close(loaded(x0, step, length, image).logits, model.eval()(x0, step, length, image).logits)
+    assert not loaded.training and back.vision.fingerprint() == eyes.vision.fingerprint()
+    with pytest.raises(CheckpointError):
+        load_denoiser(tmp_path / "base.pt", "rlhf")
+
+
+@pytest.mark.parametrize("reader_layers", [0, 1])
+def test_a_reward_model_comes_back_with_its_scores(eyes: Eyes, tmp_path: Path, reader_layers: int) -> None:
+    words = words_and_owners(eyes.tokenizer)
+    reward = RewardModel(Evidence(build_denoiser(eyes), eyes.alignment, words), 3, reader_layers, 0.7)
+    reward.linear.normal_()
+    reward.set_base(torch.randn(3, 9))
+    with torch.no_grad():
+        for parameter in reward.readers.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    save_reward(tmp_path / "reward.pt", eyes, reward, {"accuracy": 0.7})
+    back, facts = load_reward(tmp_path / "reward.pt", words)
+    image = torch.randn(2, 4, 16)
+    asked = (torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([3, 2]), image, eyes.alignment.embed_images(image))
+    torch.testing.assert_close(back.score(*asked), reward.score(*asked))
+    assert facts == {"accuracy": 0.7} and not back.training and not any(p.requires_grad for p in back.parameters())
+
+
+def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path) -> None:
+    wider = replace(eyes, config=replace(CONFIG, base=replace(CONFIG.base, width=32)))
+    save_denoiser(tmp_path / "base.pt", "base", eyes, build_denoiser(wider), {})
+    with pytest.raises(CheckpointError, match="does not fit") as error:
+        load_denoiser(tmp_path / "base.pt", "base")
+    assert "base.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: Eyes) -> None:
+    other = Config(run="other", seed=7, data=DataConfig(max_words=30, train=5), base=BaseConfig(width=64))
+    merged = with_config(eyes, other).config
+    assert (merged.run, merged.seed, merged.data.train) == ("other", 7, 5)
+    assert merged.data.max_words == 6 and merged.base == CONFIG.base and merged.vision == CONFIG.vision

@@ -1,0 +1,50 @@
+"""Seeds are a pure function of their key; threads follow the load."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hierarchical_diffusion_rlhf_caption_refinement.utils import seeding
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_global, seed_of, set_threads
+
+
+def test_seed_is_the_same_in_every_process():
+    code = f"from {seeding.__name__} import seed_of; print(seed_of(3, 'base', 17))"
+    for hash_seed in ("1", "2"):
+        out = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+        assert int(out.stdout) == seed_of(3, "base", 17)
+
+
+def test_seeds_differ_by_seed_and_key_and_fit_63_bits():
+    seeds = [seed_of(s, k, i) for s in range(5) for k in ("a", "b") for i in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert max(seeds) > 2**60
+
+
+def test_generator_replays():
+    first, again, other = (torch.rand(4, generator=generator(0, "x", i)) for i in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_global_seed_is_the_one_of_the_key():
+    seed_global(torch.device("cpu"), 0, "x", 1)
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=generator(0, "x", 1)))
+
+
+@pytest.mark.parametrize(("load", "expected"), [(0.0, 8), (2.6, 5), (7.9, 1), (30.0, 1)])
+def test_threads_take_the_idle_cores(monkeypatch, load, expected):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert set_threads(0) == expected
+    assert set_threads(3) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert set_threads(0) == max(1, expected // 4)
+    assert chosen == [expected, 3, max(1, expected // 4)]
