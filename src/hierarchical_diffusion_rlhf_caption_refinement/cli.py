@@ -65,7 +65,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     config = _read_config(args)
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
     from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
@@ -73,7 +73,10 @@ def _train(args: argparse.Namespace) -> int:
 
     set_threads(config.threads)
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision, **trackers)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision, kwargs_handlers=[unused], **trackers
+    )
     if config.track:
         accelerator.init_trackers(config.run)
     log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)

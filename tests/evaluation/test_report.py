@@ -158,7 +158,7 @@ def test_captions_are_text_and_never_markup(tmp_path):
     sample = Sample(Image.new("RGB", (900, 600)), '"><i>', (evil,), evil, evil + " !", {}, {}, words)
     summary = {"evaluation": {"<u>": {"reward": interval(0.5)}}, "checkpoint": "<u>", "config": {"run": "</pre><u>"}}
     page = page_of(tmp_path, summary=summary, samples=[sample])
-    assert not {"<b>$", "<i>", "<u>", "</pre><u>"} & set(re.findall(r"<b>\$|<i>|</pre><u>|<u>", page))
+    assert not re.findall(r"<b>\$|<i>|<u>", page)
     assert page.count(evil.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")) == 3
     assert max(pictures_in(page)[0].size) == 320, "photographs are made smaller"
 

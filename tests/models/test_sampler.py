@@ -58,7 +58,12 @@ def test_one_pass_scores_what_was_sampled_step_by_step(toy: Toy, order: Order, s
 @pytest.mark.parametrize("order", [*ROLLOUT_ORDERS, "confidence"])
 def test_given_words_stay_and_the_rest_is_written_around_them(toy: Toy, order: Order) -> None:
     model, image = toy(max_length=6), torch.randn(2, 3, 4)
-    rows = [[3, UNKNOWN, UNKNOWN, 4, HIDDEN, HIDDEN], [UNKNOWN] * 6, [5, 5, 5, HIDDEN, HIDDEN, HIDDEN], [UNKNOWN, 2, UNKNOWN, 2, UNKNOWN, HIDDEN]]
+    rows = [
+        [3, UNKNOWN, UNKNOWN, 4, HIDDEN, HIDDEN],
+        [UNKNOWN] * 6,
+        [5, 5, 5, HIDDEN, HIDDEN, HIDDEN],
+        [UNKNOWN, 2, UNKNOWN, 2, UNKNOWN, HIDDEN],
+    ]
     known = torch.tensor(rows)
     plan = replace(PLAN, order=order)
     t = draw(model, image, plan, group=2, known=known)
@@ -103,7 +108,9 @@ def test_captions_come_as_often_as_their_score_says(toy: Toy) -> None:
     t = draw(model, image, plan, group=count)
     s = score(model, x0, fixed_steps(length, 2, "left_to_right", 2), length, image, plan.temperature)
     p = (s.logp.sum(1) + s.length_logp).exp()
-    seen = torch.stack([((t.x0 == row) & valid_positions(t.length, 2)).sum(1).eq(n) & (t.length == n) for row, n in zip(x0, length, strict=True)])
+    seen = torch.stack(
+        [((t.x0 == row) & valid_positions(t.length, 2)).sum(1).eq(n) & (t.length == n) for row, n in zip(x0, length, strict=True)]
+    )
     frequency = seen.float().mean(1)
     assert frequency.sum() == 1 and ((frequency - p).abs() < 4 * (p * (1 - p) / count).sqrt()).all()
 
@@ -248,7 +255,9 @@ def test_rows_and_selection_by_hand() -> None:
     rows = take_rows(torch.tensor([[False, True, True], [True, False, False]]))
     assert rows.position.tolist()[0] == [1, 2] and rows.position.tolist()[1][0] == 0
     assert rows.valid.tolist() == [[True, True], [True, False]]
-    chosen = select(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), torch.tensor([[True, False, True], [True, True, True]]), torch.tensor([1, 2]))
+    chosen = select(
+        torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), torch.tensor([[True, False, True], [True, True, True]]), torch.tensor([1, 2])
+    )
     assert chosen.tolist() == [[False, False, True], [True, True, False]]
 
 

@@ -45,7 +45,13 @@ def toy(seed: int = 0) -> DiffusionCaptionModel:
 
 
 def rollout_of(
-    model: DiffusionCaptionModel, x0: Tensor, step: Tensor, length: Tensor, image: Tensor, config: RLHFConfig, reference: DiffusionCaptionModel
+    model: DiffusionCaptionModel,
+    x0: Tensor,
+    step: Tensor,
+    length: Tensor,
+    image: Tensor,
+    config: RLHFConfig,
+    reference: DiffusionCaptionModel,
 ) -> Rollout:
     """What these captions look like right after they were sampled; advantages are still 0."""
     with torch.no_grad():

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import build_tokenizer
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, RewardModel, davidson_logits
 from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs
@@ -43,9 +44,9 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfi
 F = len(FEATURES)
 
 
-def examined(margin: Tensor, label: Tensor, features: Tensor, others: Tensor | None = None, per_image: int = 2) -> Examined:
-    """Pairs whose sides differ by `features`; `margin` is only what the labels were drawn from."""
-    n = len(margin)
+def examined(label: Tensor, features: Tensor, others: Tensor | None = None, per_image: int = 2) -> Examined:
+    """Pairs whose sides differ by `features`."""
+    n = len(label)
     corpus = Corpus([], np.zeros((0, 1, 1), np.float16), torch.zeros(0, 1), build_tokenizer(["a"], 1), 2)
     ids = torch.full((n, 2), 2), torch.full((n,), 2)
     pairs = Pairs(corpus, [], [i // per_image for i in range(n)], ids, ids, label, torch.ones(n, 4, dtype=torch.bool))
@@ -62,7 +63,7 @@ def synthetic(world: Any, n: int, scale: float = 1.0, seed: int = 0) -> tuple[Ex
     features = torch.randn(n, F, generator=g)
     margin = scale * features @ beta
     label = torch.multinomial(davidson_logits(margin, torch.tensor(-0.5)).softmax(-1), 1, generator=g).squeeze(1)
-    return examined(margin, label, features, torch.randn(n, F, generator=g)), beta
+    return examined(label, features, torch.randn(n, F, generator=g)), beta
 
 
 def test_the_linear_head_recovers_known_weights() -> None:
@@ -92,7 +93,11 @@ def test_smoothing_explains_the_agreement() -> None:
 def test_pairs_of_an_image_are_resampled_together() -> None:
     rows = [0, 3, 0, 5, 3, 0]
     weights = member_weights(rows, 200, seed=0)
-    assert torch.equal(weights[:, 0], weights[:, 2]) and torch.equal(weights[:, 0], weights[:, 5]) and torch.equal(weights[:, 1], weights[:, 4])
+    assert (
+        torch.equal(weights[:, 0], weights[:, 2])
+        and torch.equal(weights[:, 0], weights[:, 5])
+        and torch.equal(weights[:, 1], weights[:, 4])
+    )
     assert (weights[:, 0] != weights[:, 1]).any() and weights.mean().item() == pytest.approx(1, abs=0.15)
     assert torch.equal(weights, member_weights(rows, 200, seed=0)) and not torch.equal(weights, member_weights(rows, 200, seed=1))
 
@@ -109,10 +114,8 @@ def test_the_ensemble_learns_what_raters_like(world: Any) -> None:
     reward = world.reward()
     data, beta = synthetic(world, 1500)
     fit_ensemble(reward, head_of(data, 1000), RewardConfig(l2=1e-4), 0.0, 0)
-    held = examined(*(x[1000:] for x in (data.pairs.label.float(), data.pairs.label, data.a.features - data.b.features)))
+    held = examined(data.pairs.label[1000:], (data.a.features - data.b.features)[1000:])
     assert score_head(reward, held)["accuracy"] > 0.75
-    strongest = {int(i) for i in reward.linear[..., 0].abs().mean(0).topk(2).indices}
-    assert strongest <= {2, 7} or strongest & {2, 7}
     unused = (reward.linear[:, :, 0] == 0).sum(1)
     assert (unused > 0).all() and not torch.equal(reward.linear[0] == 0, reward.linear[1] == 0)  # members differ in their features
     assert beta[2] > 0 and reward.linear[:, 2, 0].sum() > 0 > reward.linear[:, 7, 0].sum()
@@ -168,7 +171,7 @@ def test_evidence_of_pairs_is_that_of_their_captions(world: Any) -> None:
 def reader_data(n: int, seed: int) -> Examined:
     """What raters like here is in the hidden states alone: no feature tells."""
     g = torch.Generator().manual_seed(seed)
-    data = examined(torch.zeros(n), torch.randint(2, (n,), generator=g), 0.01 * torch.randn(n, F, generator=g), torch.randn(n, F, generator=g))
+    data = examined(torch.randint(2, (n,), generator=g), 0.01 * torch.randn(n, F, generator=g), torch.randn(n, F, generator=g))
     liked, other = torch.randn(32, generator=torch.Generator().manual_seed(9)), torch.randn(n, 2, 32, generator=g)
     sign = torch.where(data.pairs.label == 0, 1.0, -1.0)[:, None, None]
     return replace(data, a=replace(data.a, hidden=other + sign * liked), b=replace(data.b, hidden=other - sign * liked))
@@ -184,16 +187,15 @@ def test_the_reader_stays_where_it_predicts_better(world: Any, run_of: Callable[
     assert not reward.training and not any(p.requires_grad for p in reward.parameters())
 
 
-def test_the_reader_goes_where_the_linear_head_says_it_all(world: Any, run_of: Callable[..., Run]) -> None:
-    settings = RewardConfig(members=2, fit=FitConfig(epochs=1, batch_size=20, lr=0.3))  # a rate that ruins the readers
-    run = run_of(world.config, reward=settings)
-    (train, _), (val, _) = synthetic(world, 200), synthetic(world, 60, seed=1)
-    noisy = replace(train, a=replace(train.a, hidden=torch.randn(200, 2, 32)), b=replace(train.b, hidden=torch.randn(200, 2, 32)))
-    held = replace(val, a=replace(val.a, hidden=torch.randn(60, 2, 32)), b=replace(val.b, hidden=torch.randn(60, 2, 32)))
-    reward, facts = train_reward(run, world.reward().evidence, noisy, held, 0.0)
-    assert not facts["reader"] and len(reward.readers) == 0 and math.isfinite(facts["reader_val_loss"])
-    assert score_head(reward, held)["loss"] == pytest.approx(facts["linear_val_loss"])
-    alone, facts = train_reward(run_of(world.config, reward=replace(settings, reader=False)), reward.evidence, train, val, 0.0)
+def test_the_reader_goes_where_the_linear_head_predicts_better(world: Any, run_of: Callable[..., Run]) -> None:
+    settings = RewardConfig(members=2, fit=FitConfig(epochs=1, batch_size=20, lr=3e-3))
+    train, held = reader_data(120, 0), reader_data(60, 1)
+    misled = replace(held, a=replace(held.a, hidden=held.b.hidden), b=replace(held.b, hidden=held.a.hidden))
+    reward, facts = train_reward(run_of(world.config, reward=settings), world.reward().evidence, train, misled, 0.0)
+    assert not facts["reader"] and len(reward.readers) == 0 and facts["reader_val_loss"] > facts["linear_val_loss"]
+    assert score_head(reward, misled)["loss"] == pytest.approx(facts["linear_val_loss"])
+    without = run_of(world.config, reward=replace(settings, reader=False))
+    alone, facts = train_reward(without, reward.evidence, train, held, 0.0)
     assert facts["reader"] is False and len(alone.readers) == 0
 
 
@@ -205,17 +207,8 @@ def test_the_optimiser_sees_the_readers_alone(world: Any) -> None:
 
 def test_accuracy_by_gap_splits_decided_pairs_into_thirds(world: Any) -> None:
     data, _ = synthetic(world, 90)
-    pairs = data.pairs
-    label = torch.zeros(90, dtype=torch.long)
-
-    class Rated:
-        def __init__(self, gap: float) -> None:
-            self.gap = gap
-
-    corpus = replace(pairs.corpus, examples=[replace(world.examples["val"][0], scene=None)] * 45)
-    gaps: list[Any] = [Rated(float(i)) for i in range(90)]
+    rated = [Comparison(str(i), "0", "a", "a", "a", gap=(-1) ** i * i / 90) for i in range(90)]
+    corpus = replace(data.pairs.corpus, examples=[Example("0", ("a",))] * 45)
+    pairs = replace(data.pairs, corpus=corpus, comparisons=rated, label=torch.zeros(90, dtype=torch.long))
     margin = torch.where(torch.arange(90) < 30, -1.0, 1.0)  # wrong where the gap is small
-    rated = replace(pairs, label=label)
-    object.__setattr__(rated, "comparisons", gaps)
-    object.__setattr__(rated, "corpus", corpus)
-    assert by_gap(margin, rated) == {"small": 0.0, "middle": 1.0, "large": 1.0}
+    assert by_gap(margin, pairs) == {"small": 0.0, "middle": 1.0, "large": 1.0}

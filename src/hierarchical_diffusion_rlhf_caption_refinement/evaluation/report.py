@@ -28,7 +28,7 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
     "axes.axisbelow": True, "lines.markersize": 3.5, "figure.constrained_layout.use": True, "savefig.dpi": 170,
-    "axes.prop_cycle": f"cycler('color', {[BLUE, ORANGE, GREEN, PURPLE]})",
+    "axes.prop_cycle": f"cycler('color', {[BLUE, ORANGE, GREEN, PURPLE]})", "axes.formatter.useoffset": False,
 }  # fmt: skip
 MEASURES = {
     "utility": ("utility", "The hidden quality: true, fluent, and better for telling more. Training never sees it; 1 is perfect."),
@@ -253,9 +253,8 @@ def reward_section(folder: Path, reward: Row) -> str:
     """Accuracy beside what it must be compared with, how it grows with comparisons, and finer figures in a table."""
     facts, agreement, pictures = reward.get("facts", {}), reward.get("rater_agreement"), ""
     cells = {
-        "reward model": reward.get("accuracy"), "… of another image": reward.get("image_shuffled"),
-        "CLIP only": reward.get("alignment_only"), "text only": reward.get("text_only"), "length only": reward.get("length_only"),
-        "one wrong fact": facts.get("accuracy"), "… in another image": facts.get("image_shuffled"),
+        "reward model": reward.get("accuracy"), "image swapped": reward.get("image_shuffled"), "CLIP only": reward.get("alignment_only"),
+        "text only": reward.get("text_only"), "length only": reward.get("length_only"),
     }  # fmt: skip
     bars = {label: row for label, row in reversed(cells.items()) if row}
     curve = dict(sorted((int(n), row) for n, row in reward.get("curve", {}).items() if row))
@@ -266,8 +265,7 @@ def reward_section(folder: Path, reward: Row) -> str:
         ends = np.array([[row["value"] - row["low"], row["high"] - row["value"]] for row in rows.values()]).clip(0).T
         if rows is bars:
             figure, axes = panel("Predicting people’s choices", "held-out accuracy, 95 % intervals", "")
-            colours = [BLUE if name in ("reward model", "one wrong fact") else "#b5b5b5" for name in bars]
-            axes.barh(list(bars), values, color=colours, height=0.6, xerr=ends)
+            axes.barh(list(bars), values, color=[BLUE if b == "reward model" else "#b5b5b5" for b in bars], height=0.6, xerr=ends)
             axes.set_xlim(0, 1)
         else:
             figure, axes = panel("What more comparisons bring", "comparisons for training", "held-out accuracy, 95 % intervals")
@@ -282,6 +280,7 @@ def reward_section(folder: Path, reward: Row) -> str:
         figure.legend(loc="outside lower center", ncols=2)
         pictures += picture(folder / f"{name}.png", figure, axes.get_title(loc="left"))
     cells |= {f"{gap} difference in quality": value for gap, value in reward.get("by_gap", {}).items()}
+    cells |= {"one fact made wrong": facts.get("accuracy"), "one fact made wrong, image swapped": facts.get("image_shuffled")}
     cells |= {"two raters agree": agreement, "calibration error": reward.get("calibration_error")}
     alarm = "<p>Above the raters’ own agreement: look for a leak before believing it.</p>" if reward.get("above_ceiling") else ""
     figures = f'<div class="grid">{pictures}</div>' if pictures else ""
@@ -359,5 +358,6 @@ article{display:grid;grid-template-columns:8rem 1fr;gap:1rem;align-items:start}d
 dt{font-size:.75rem;color:var(--soft);overflow-wrap:anywhere}dd{margin:0 0 .5rem;overflow-wrap:anywhere;line-height:1.35}
 .heat{display:grid;grid-template-columns:8rem 1fr;gap:.15rem .6rem;margin:1.2rem 0}.heat dd{margin:0}
 dd small{font-size:.72rem}.heat span{padding:.05rem .2rem;border-radius:3px}
-@media(max-width:36rem){article{grid-template-columns:6rem 1fr}.heat{grid-template-columns:1fr}th,td{padding-right:.6rem}}
+@media(max-width:36rem){article{grid-template-columns:6rem 1fr}.heat{grid-template-columns:1fr}th,td{padding-right:.5rem}
+td small{white-space:normal;min-width:3rem}thead th{font-size:.75rem}}
 """

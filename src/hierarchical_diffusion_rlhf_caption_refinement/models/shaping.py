@@ -64,7 +64,7 @@ def _sum_by_step(value: Float[Tensor, "B T"], step: Int[Tensor, "B T"], steps: i
     return torch.zeros(len(value), steps, device=value.device).scatter_add(1, (step - 1).clamp(0, steps - 1), value * inside)
 
 
-def centre(x: Float[Tensor, "B *rest"], group: int) -> Float[Tensor, "B *rest"]:
+def centre(x: Float[Tensor, "B ..."], group: int) -> Float[Tensor, "B ..."]:
     """Subtract the mean of the G captions of each image."""
     grouped = x.unflatten(0, (-1, group))
     return (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)

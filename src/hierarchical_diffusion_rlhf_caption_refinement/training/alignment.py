@@ -31,7 +31,7 @@ PCA_IMAGES = 1000
 """Training images that the projection of a frozen backbone is fitted on."""
 
 
-def gather(x: Float[Tensor, "B *rest"]) -> Float[Tensor, "C *rest"]:
+def gather(x: Float[Tensor, "B ..."]) -> Float[Tensor, "C ..."]:
     """The rows of all processes, with gradient, so that negatives come from the whole batch."""
     if not torch.distributed.is_initialized():
         return x
@@ -133,7 +133,7 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
 def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dict[str, list[Example]], path: Path) -> None:
     cfg, trained = run.config.alignment.fit, eyes.vision if isinstance(eyes.vision, PatchEncoder) else None
     data = {split: alignment_inputs(run, eyes, examples[split]) for split in ("train", "val")}
-    captions = Corpus(examples["train"], data["train"], torch.empty(0), eyes.tokenizer, run.config.data.max_words).captions
+    captions = Corpus(examples["train"], data["train"], torch.empty(0, 0), eyes.tokenizer, run.config.data.max_words).captions
     trainee = AlignmentTrainee(alignment, trained, eyes.vision.width)
     state = run.state("alignment", trainee, cfg)
 

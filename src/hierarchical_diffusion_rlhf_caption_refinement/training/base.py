@@ -54,6 +54,7 @@ def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tupl
     return caption_nll(prediction.logits, batch.x0, counted), length
 
 
+@torch.no_grad()
 def validation_loss(model: DiffusionCaptionModel, corpus: Corpus, config: BaseConfig, seed: int, chunk: int = 100) -> float:
     """Nats per token of one fixed caption of each image under fixed reveals, with the image."""
     rows = list(range(len(corpus)))

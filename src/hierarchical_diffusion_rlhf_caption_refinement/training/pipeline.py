@@ -25,7 +25,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import train_alignment
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import train_base
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Judgements, rated, simulated
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import rated, simulated
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
     calibrate,
     examine,

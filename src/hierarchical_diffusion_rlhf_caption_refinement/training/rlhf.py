@@ -313,6 +313,7 @@ def train_rlhf(
         state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
         if run.main:
+            run.log.rewind("rlhf", -1)
             run.log.write("rlhf", {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()})
 
     def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:

@@ -189,9 +189,9 @@ class RewardConfig:
 class ShapingConfig:
     """R(t) = alpha(c) R_dense(t) + (1 - alpha(c)) R_sparse."""
 
-    clip_weight: float = 0.5
+    clip_weight: float = 0.3
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
-    preference_weight: float = 0.5
+    preference_weight: float = 0.7
     """Weight of the sparse preference reward."""
     kappa: float = 1.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
@@ -214,11 +214,12 @@ class ShapingConfig:
 class RLHFConfig:
     group: int = 6
     """Captions sampled per image and compared with each other."""
-    steps: int = 6
+    steps: int = 8
     schedule: Schedule = "linear"
     order: Order = "spread"
     """Order of the rollouts; it must not be `confidence`, whose probability has no closed form."""
-    temperature: float = 1.0
+    temperature: float = 0.5
+    """Of the policy that is sampled and improved: low, so that it is close to the greedy captions people will see."""
     inner_updates: int = 1
     """Updates per rollout; 1 is the plain policy gradient."""
     clip: float = 0.2
@@ -231,7 +232,7 @@ class RLHFConfig:
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
     """Weight of the base objective on reference captions."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=8, epoch_size=240, batch_size=16, lr=2e-4, decay="constant"))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=8, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
 
     def __post_init__(self) -> None:
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")

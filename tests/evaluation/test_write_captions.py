@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import build_tokenizer
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import best_candidates, write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
+
+
+class Clip:
+    def embed_images(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        return torch.zeros(len(texts), 4)
+
+
+class LikesLongCaptions(RewardModel):
+    def score(self, x0: Tensor, length: Tensor, image: Tensor, joint: Tensor) -> Tensor:
+        return length.float() + 0.01 * x0.float().sum(1)
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    examples = [Example(f"image {i}", ("a red dog runs",)) for i in range(7)]
+    tokens = np.random.default_rng(0).normal(size=(7, 3, 4)).astype(np.float16)
+    return Corpus(examples, tokens, torch.zeros(7, 4), build_tokenizer(["a red dog runs fast"], 1), 6)
+
+
+@pytest.fixture
+def model() -> DiffusionCaptionModel:
+    torch.manual_seed(0)
+    return DiffusionCaptionModel(7, 6, 3, 4, width=16, layers=2, heads=2, banned=(0, 1)).eval()
+
+
+def liking(model: DiffusionCaptionModel) -> RewardModel:
+    return LikesLongCaptions(Evidence(model, Clip(), lambda ids: ([], [])), 1, 0, 0.0)
+
+
+@pytest.mark.parametrize("order", ["spread", "confidence"])
+def test_captions_do_not_depend_on_the_chunk(corpus: Corpus, model: DiffusionCaptionModel, order: str) -> None:
+    plan = SamplerConfig(steps=3, temperature=0.9, remask=1, order="confidence" if order == "confidence" else "spread")
+    rows = [4, 0, 6, 2, 1]
+    whole = write_captions(model, corpus, rows, plan, 0, group=2)
+    chunks = write_captions(model, corpus, rows, plan, 0, group=2, chunk=2)
+    assert whole.texts == chunks.texts and len(whole.texts) == 10 and whole.reward is None
+    alone = write_captions(model, corpus, [6], plan, 0, group=2)
+    assert alone.texts == whole.texts[4:6]
+    assert write_captions(model, corpus, rows, plan, 1, group=2).texts != whole.texts
+
+
+def test_the_best_of_several_candidates_is_kept(corpus: Corpus, model: DiffusionCaptionModel) -> None:
+    rows, reward = list(range(7)), liking(model)
+    plan = SamplerConfig(steps=3, temperature=1.0, candidates=5)
+    all_five = write_captions(model, corpus, rows, SamplerConfig(steps=3, temperature=1.0), 0, reward, group=5)
+    best = write_captions(model, corpus, rows, plan, 0, reward)
+    assert all_five.reward is not None and best.reward is not None
+    torch.testing.assert_close(best.reward, all_five.reward.view(7, 5).amax(1))
+    picked = all_five.reward.view(7, 5).argmax(1) + 5 * torch.arange(7)
+    assert best.texts == [all_five.texts[i] for i in picked.tolist()]
+    with pytest.raises(ValueError, match="needs a reward model"):
+        write_captions(model, corpus, rows, plan, 0)
+
+
+def test_candidates_are_picked_within_each_image() -> None:
+    x0 = torch.arange(6)[:, None]
+    t = Trajectory(x0, x0, x0[:, 0], x0.float(), x0.float(), x0[:, 0].float(), None)
+    best, score = best_candidates(t, torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0]), 3)
+    assert best.x0.flatten().tolist() == [1, 3] and score.tolist() == [3.0, 9.0]

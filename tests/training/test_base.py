@@ -1,0 +1,68 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch, caption_loss, train_base, validation_loss
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+
+
+def test_a_batch_is_the_same_however_it_is_shared_out(world: Any) -> None:
+    corpus, config, rows = world.corpora["train"], world.config.base, [3, 1, 7, 7]
+    whole = caption_batch(corpus, rows, slice(None), config, generator(0, "x"))
+    parts = [caption_batch(corpus, rows, part, config, generator(0, "x")) for part in (slice(0, 2), slice(2, 4))]
+    for name in ("x0", "step", "length", "image", "seen"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+    for i, row in enumerate(rows):
+        n = int(whole.length[i])
+        assert whole.x0[i, :n].tolist() in corpus.captions[row]
+        assert (whole.step[i, :n] < HIDDEN).all() and (whole.step[i, n:] == HIDDEN).all()
+        assert torch.equal(whole.image[i], corpus.image([row])[0])
+
+
+def test_images_are_withheld_as_often_as_asked(world: Any) -> None:
+    config = replace(world.config.base, image_dropout=0.25)
+    batch = caption_batch(world.corpora["train"], [0] * 2000, slice(None), config, generator(0, "x"))
+    assert (~batch.seen).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert caption_batch(world.corpora["train"], [0] * 50, slice(None), config, generator(0, "x"), drop_images=False).seen.all()
+
+
+def test_the_loss_is_per_token_and_leaves_out_unknown_words(world: Any) -> None:
+    model = world.denoiser()
+    batch = caption_batch(world.corpora["train"], [0, 1], slice(None), world.config.base, generator(0, "x"), drop_images=False)
+    nll, length = caption_loss(model, batch, model.allowed)
+    prediction = model(batch.x0, batch.step, batch.length, batch.image)
+    for i, n in enumerate(batch.length.tolist()):
+        torch.testing.assert_close(nll[i], F.cross_entropy(prediction.logits[i, :n], batch.x0[i, :n]))
+        torch.testing.assert_close(length[i], -prediction.length_logits[i].log_softmax(-1)[n - 1])
+    unknown = replace(batch, x0=batch.x0.clone())
+    unknown.x0[0, 0] = 1
+    logits = model(unknown.x0, unknown.step, unknown.length, unknown.image).logits[0]
+    n = int(batch.length[0])
+    torch.testing.assert_close(caption_loss(model, unknown, model.allowed)[0][0], F.cross_entropy(logits[1:n], batch.x0[0, 1:n]))
+
+
+def test_validation_is_fixed_and_weighs_images_equally(world: Any) -> None:
+    model, corpus = world.denoiser(), world.corpora["val"]
+    loss = validation_loss(model, corpus, world.config.base, 0)
+    assert loss == validation_loss(model, corpus, world.config.base, 0) != validation_loss(model, corpus, world.config.base, 1)
+
+
+def test_training_learns_and_keeps_the_best_weights(world: Any, run_of: Callable[..., Run]) -> None:
+    base = replace(world.config.base, fit=FitConfig(epochs=3, epoch_size=96, batch_size=24, lr=3e-3, save_every=4))
+    run = run_of(world.config, base=base)
+    path = train_base(run, replace(world.eyes, config=run.config), world.corpora)
+    assert path == run.config.models / FILES["base"]
+    rows = run.log.rows("base")
+    losses = [row["val_loss"] for row in rows]
+    assert len(rows) == 3 and min(losses) < 0.9 * validation_loss(world.denoiser(), world.corpora["val"], base, 0)
+    _, model, facts = load_denoiser(path, "base")
+    assert facts["row"]["val_loss"] == min(losses)
+    assert validation_loss(model, world.corpora["val"], base, run.config.seed) == pytest.approx(min(losses), abs=1e-5)

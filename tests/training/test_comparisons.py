@@ -1,0 +1,123 @@
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, Rating
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.training import comparisons
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import (
+    agreement,
+    drawn_pairs,
+    fact_pairs,
+    judged,
+    rating_agreement,
+    simulated,
+    to_pairs,
+)
+
+
+def comparison(index: int, choice: str, image: str = "val/0", a: str = "a red star", b: str = "a star", **more: object) -> Comparison:
+    return replace(Comparison(str(index), image, a, b, "a"), choice=choice, **more)
+
+
+def test_comparisons_become_ids_and_labels(world: Any) -> None:
+    corpus = world.corpora["val"]
+    rows = [
+        comparison(0, "a", reasons=("fluency",)),
+        comparison(1, "b", image="val/3"),
+        comparison(2, "tie"),
+        comparison(3, "both_bad", a="", reasons=("accuracy", "specificity")),
+        comparison(4, "skip"),
+        comparison(5, "a", image="elsewhere"),
+    ]
+    pairs = to_pairs(rows, corpus)
+    assert pairs.label.tolist() == [0, 1, 2, 2] and pairs.rows == [0, 3, 0, 0] and len(pairs) == 4
+    assert pairs.reasons.int().tolist() == [[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1]]
+    ids = corpus.tokenizer.encode("a red star", add_special_tokens=False).ids
+    assert pairs.a[0][0].tolist() == ids + [0] * 9 and pairs.a[1].tolist() == [3, 3, 3, 1] and pairs.b[1].tolist() == [2] * 4
+    head = pairs.head(2)
+    assert len(head) == 2 and head.rows == [0, 3] and len(head.comparisons) == len(head.label) == len(head.a[0]) == 2
+    assert len(to_pairs([], corpus)) == 0
+
+
+def test_agreement_by_hand(world: Any) -> None:
+    def rows(*choices: tuple[str, str]) -> list[Comparison]:
+        return [comparison(i, c, a=f"a {'red ' * i}star") for i, pair in enumerate(choices) for c in pair]
+
+    corpus = world.corpora["val"]
+    assert agreement(to_pairs(rows(("a", "a"), ("b", "b"), ("a", "b"), ("a", "tie"), ("tie", "tie")), corpus)) == pytest.approx(2 / 3)
+    single = agreement(to_pairs([comparison(0, "a")], corpus))
+    assert single != single  # nan
+
+
+def test_drawn_pairs_differ_and_cover_the_images_first(world: Any) -> None:
+    model, corpus = world.denoiser(), world.corpora["train"]
+    pairs = drawn_pairs(model, corpus, 20, seed=1)
+    assert len(pairs) == 20 == len({row for row, _, _ in pairs}) and all(a != b for _, a, b in pairs)
+    assert pairs == drawn_pairs(model, corpus, 20, seed=1) != drawn_pairs(model, corpus, 20, seed=2)
+    many = drawn_pairs(model, corpus, 60, seed=1)
+    assert len(many) == len(set(many)) == 60 and {row for row, _, _ in many} == set(range(24))
+
+
+def test_every_pair_is_shown_to_different_raters_with_the_sides_at_random(world: Any) -> None:
+    corpus = world.corpora["val"]
+    shown = [(i % 8, corpus.examples[i % 8].captions[0], "star") for i in range(80)]
+    found = judged(shown, corpus, seed=0, judges=2)
+    assert len(found) == 160 and all(
+        x.annotator != y.annotator and (x.a, x.b) == (y.a, y.b) for x, y in zip(found[::2], found[1::2], strict=True)
+    )
+    assert len({c.id for c in found}) == 160 and len({c.annotator for c in found}) == 8
+    assert 20 < sum(c.a == "star" for c in found[::2]) < 60
+    decided = [c for c in found if c.choice in ("a", "b")]
+    assert sum(getattr(c, c.choice) != "star" for c in decided) > 0.8 * len(decided)  # a whole caption is liked better
+    assert found == judged(shown, corpus, seed=0, judges=2)
+
+
+def test_fact_pairs_differ_in_one_word_that_only_the_image_tells(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = world.corpora["test"]
+    texts = [example.captions[0] for example in corpus.examples]
+    monkeypatch.setattr(comparisons, "write_captions", lambda *args: SimpleNamespace(texts=texts))
+    pairs = fact_pairs(world.denoiser(), corpus, world.config, seed=0)
+    assert len(pairs) >= 5
+    for row, text, swapped in pairs:
+        scene = corpus.examples[row].scene
+        assert text != swapped and len(text.split()) == len(swapped.split())
+        assert check(text, scene).accuracy > check(swapped, scene).accuracy
+        assert check(text, scene).fluency == pytest.approx(check(swapped, scene).fluency)
+
+
+def test_simulated_judgements_keep_images_apart(world: Any) -> None:
+    config = replace(world.config, reward=replace(world.config.reward, comparisons=15, curve=(5,)))
+    found = simulated(config, world.denoiser(), world.corpora)
+    assert len(found.train) == 15 and len(found.val) == 30 and len(found.test) == 30
+    assert {found.train.corpus.examples[0].key[:5], found.val.corpus.examples[0].key[:3]} == {"train", "val"}
+    assert found.test.corpus is world.corpora["test"] and found.facts is not None
+    assert 0 <= found.rater_agreement <= 1
+    again = simulated(config, world.denoiser(), world.corpora)
+    assert again.train.comparisons == found.train.comparisons and torch.equal(again.test.label, found.test.label)
+
+
+def test_rating_agreement_of_unanimous_and_of_guessing_raters() -> None:
+    unanimous = [Rating("i", f"c{n}", (n, n, n), (0, 4)) for n in range(4)]
+    assert rating_agreement(unanimous, 0) == 1
+    tied = [Rating("i", f"c{n}", (2, 2, 2), (0, 4)) for n in range(3)]
+    none = rating_agreement(tied, 0)
+    assert none != none
+    rng = random.Random(0)
+    guesses = [Rating(str(i), c, tuple(rng.randrange(100) for _ in range(3)), (0, 99)) for i in range(400) for c in "xy"]
+    assert rating_agreement(guesses, 0) == pytest.approx(0.5, abs=0.1)
+    too_few = [Rating("i", "c", (1, 2), (0, 4)), Rating("i", "d", (3, 4), (0, 4))]
+    assert rating_agreement(too_few, 0) != rating_agreement(too_few, 0)
+
+
+def test_the_captions_of_a_pair_come_from_the_model(world: Any) -> None:
+    model, corpus = world.denoiser(), world.corpora["val"]
+    texts = write_captions(model, corpus, [0], replace(world.config.sampler, temperature=1.0), 0).texts
+    words = {w for _, a, b in drawn_pairs(model, corpus, 8, seed=0) for w in (a + " " + b).split()}
+    vocabulary = set(corpus.tokenizer.get_vocab()) - {"<pad>", "<unk>"}
+    assert set(texts[0].split()) | words <= vocabulary
