@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from hierarchical_diffusion_rlhf_caption_refinement import cli
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 
 
 def _folder(*parts: str) -> Path:
@@ -30,3 +33,13 @@ def flickr8k() -> Path:
 def mobilenet() -> Path:
     """MobileNetV2 as a Hugging Face directory."""
     return _folder("models", "mobilenet_v2")
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `train.py --config configs/smoke.yaml` was run from end to end; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.train(["--config", str(SMOKE)]) == 0
+    return folder

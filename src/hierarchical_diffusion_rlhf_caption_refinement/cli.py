@@ -108,11 +108,13 @@ def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
     if found:
         console.print(quality_table({name: e.metrics for name, e in found.items()}, summary.get("gold", {}).get("data")))
         if win := summary.get("win_rate"):
-            console.print(
-                f"refined captions beat the base model's on {win['value']:.0%} of the test images (95 %: {win['low']:.0%} to {win['high']:.0%})"
-            )
+            console.print(won("the refined model", "the base model", win))
         caption_fresh_images(config, console)
     console.print(f"summary  {config.results / 'training_summary.json'}\nreport   {page}", soft_wrap=True)
+
+
+def won(name: str, other: str, win: dict[str, float]) -> str:
+    return f"{name} beats {other} on {win['value']:.0%} of the test images, ties half (95 %: {win['low']:.0%} to {win['high']:.0%})"
 
 
 def quality_table(found: dict[str, dict[str, Any]], data: dict[str, float] | None) -> Table:
@@ -160,8 +162,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import write_report
     from hierarchical_diffusion_rlhf_caption_refinement.evaluation.summary import evaluate_checkpoint, samples, win_rate
-    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser
-    from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import kind_of
+    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
     from hierarchical_diffusion_rlhf_caption_refinement.utils.config import with_overrides
 
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
@@ -170,7 +171,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     names = {str(args.checkpoint): main}
     summary: dict[str, Any] = {"run": config.run, "checkpoint": str(args.checkpoint), "type": args.model_type}
     if args.compare:
-        other = evaluate_checkpoint(args.compare, kind_of(args.compare), config, CACHE)
+        other = evaluate_checkpoint(args.compare, captioner_kind(args.compare), config, CACHE)
         names[str(args.compare)] = other
         summary["win_rate"] = win_rate(main, other)
     summary |= {
@@ -186,9 +187,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     console = Console()
     console.print(quality_table({name: e.metrics for name, e in names.items()}, None))
     if win := summary.get("win_rate"):
-        console.print(
-            f"{args.checkpoint} beats {args.compare} on {win['value']:.0%} of the images (95 %: {win['low']:.0%} to {win['high']:.0%})"
-        )
+        console.print(won(str(args.checkpoint), str(args.compare), win))
     console.print(f"numbers  {folder / 'evaluation.json'}\nreport   {page}", soft_wrap=True)
     return 0
 
@@ -211,11 +210,11 @@ def predict(argv: Sequence[str] | None = None) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
-    from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import kind_of
+    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind
     from hierarchical_diffusion_rlhf_caption_refinement.utils.config import with_overrides
 
     names = [args.image_url] if args.image_url else read_list(args.image_list)
-    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type or kind_of(args.checkpoint))
+    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type or captioner_kind(args.checkpoint))
     plan = with_overrides(captioner.eyes.config, [f"sampler.{o}" for o in args.overrides]).sampler
     rows: list[dict[str, Any]] = []
     for start in range(0, len(names), args.batch_size):

@@ -94,14 +94,14 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """All that `results/training_summary.json` holds, from the log and from whichever checkpoints there are."""
-    stages: tuple[Literal["base"], Literal["rlhf"]] = ("base", "rlhf")
-    paths = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
+    paths: dict[Literal["base", "rlhf"], Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     if not paths["base"].exists():
         paths["base"] = config.models / FILES["base"]
-    found = {kind: evaluate_checkpoint(paths[kind], kind, config, cache) for kind in stages if paths[kind].exists()}
+    there: list[Literal["base", "rlhf"]] = [kind for kind in paths if paths[kind].exists()]
+    found: dict[str, Evaluation] = {kind: evaluate_checkpoint(paths[kind], kind, config, cache) for kind in there}
     summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
     summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}
-    summary["parameters"] = {kind: count_parameters(path, kind) for kind, path in paths.items() if path.exists()}
+    summary["parameters"] = {kind: count_parameters(paths[kind], kind) for kind in there}
     if found and (first := next(iter(found.values()))).gold is not None:
         summary["gold"] = {"data": data_gold(first.corpus.examples)} | {kind: e.metrics["gold"] for kind, e in found.items()}
         texts = [example.captions[0] for example in first.corpus.examples]

@@ -4,7 +4,7 @@ Axes: B texts, N images, P image tokens, E joint embedding, L text tokens.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,7 +84,7 @@ class PretrainedClip(nn.Module):
         super().__init__()
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-        self.model = CLIPModel.from_pretrained(name).eval().requires_grad_(False)
+        self.model: Any = CLIPModel.from_pretrained(name).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.processor = CLIPImageProcessorPil.from_pretrained(name)
 
@@ -122,9 +122,10 @@ def text_scores(alignment: Alignment, texts: Sequence[str], image: Float[Tensor,
     return (embedded[[row[text] for text in texts]] * image).sum(-1).float()
 
 
-FUNCTION_WORDS = frozenset(
-    "a an the and or of to in on at is are am be was were with by for from as it its his her their this that there while who which".split()
-)
+_FUNCTION_WORDS = """
+    a an the and or of to in on at is are am be was were with by for from as it its his her their this that there while who which
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """Words that name nothing to see; they earn no dense credit."""
 
 
@@ -136,6 +137,13 @@ def creditable(words: Sequence[str]) -> list[bool]:
         able.append(bool(word) and word not in FUNCTION_WORDS and word not in said)
         said.add(word)
     return able
+
+
+def credited_tokens(captions: Sequence[Sequence[str]], owners: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "B T"]:
+    """Tokens of words that can earn dense credit; `owners` gives the word of each token."""
+    able = [creditable(words) for words in captions]
+    rows = [[o < len(a) and a[o] for o in own][:width] for a, own in zip(able, owners, strict=True)]
+    return torch.tensor([row + [False] * (width - len(row)) for row in rows])
 
 
 @torch.no_grad()

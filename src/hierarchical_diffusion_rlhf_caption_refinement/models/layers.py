@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module, layers: int) -> None:
-    """GPT-2's initialisation with its 0.02 scaled to the width (0.02 is 0.55 / sqrt(768)); residual projections divided by sqrt(2 layers)."""
+    """GPT-2's initialisation with 0.02 scaled to the width (it is 0.55 / sqrt(768)); residual projections divided by sqrt(2 layers)."""
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)

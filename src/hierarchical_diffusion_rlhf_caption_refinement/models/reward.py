@@ -8,21 +8,29 @@ Axes: N images, B captions = N x G, T caption length, F features, M members, Q q
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, creditable, leave_one_word_out, text_scores
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import (
+    Alignment,
+    creditable,
+    credited_tokens,
+    leave_one_word_out,
+    text_scores,
+)
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel, bounded_length_logp
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.layers import Block
 
 QUALITIES = ("total", "accuracy", "fluency", "specificity")
 FEATURES = (
-    "mean logp", "worst logp", "mean logp blind", "worst logp blind", "mean information", "worst information", "total information",
-    "length logp", "alignment", "mean word credit", "worst word credit", "words", "words squared", "content words", "repeated words", "doubled words",
+    "mean logp", "worst logp", "mean logp blind", "worst logp blind", "mean information", "worst information",
+    "total information", "length logp", "alignment", "mean word credit", "worst word credit",
+    "words", "words squared", "content words", "repeated words", "doubled words",
 )  # fmt: skip
 BLIND = ("mean logp blind", "worst logp blind", "words", "words squared", "content words", "repeated words", "doubled words")
 """Features that do not see the image: the text-only baseline."""
@@ -83,10 +91,11 @@ class Evidence(nn.Module):
         words, owners = zip(*(self.words(row[:n]) for row, n in zip(x0.tolist(), length.tolist(), strict=True)), strict=True)
         joint = joint.repeat_interleave(group, 0)
         credit = leave_one_word_out(self.alignment, words, owners, joint, x0.shape[1])
-        named = torch.tensor([[o < len(w) and creditable(w)[o] for o in own] + [False] * (x0.shape[1] - len(own)) for w, own in zip(words, owners, strict=True)], device=x0.device)  # fmt: skip
+        named = credited_tokens(words, owners, x0.shape[1]).to(x0.device)
+        told = valid & self.denoiser.allowed[x0]  # a word outside the vocabulary surprises equally in every caption
         features = [
-            *_mean_and_worst(logp, valid), *_mean_and_worst(blind, valid), *_mean_and_worst(logp - blind, valid),
-            ((logp - blind) * valid).sum(1), length_logp, text_scores(self.alignment, [" ".join(w) for w in words], joint),
+            *_mean_and_worst(logp, told), *_mean_and_worst(blind, told), *_mean_and_worst(logp - blind, told),
+            ((logp - blind) * told).sum(1), length_logp, text_scores(self.alignment, [" ".join(w) for w in words], joint),
             *_mean_and_worst(credit, named), *_counts(words, x0.device),
         ]  # fmt: skip
         return torch.stack(features, 1), hidden, self.denoiser.image_in(image.to(hidden.dtype)) + self.denoiser.image_place
@@ -110,7 +119,8 @@ def _counts(words: Sequence[Sequence[str]], device: torch.device) -> list[Float[
     for said in words:
         n, able = len(said), creditable(said)
         content = [w for w in said if creditable([w])[0]]
-        rows.append([n, n * n / 10, sum(able), len(content) - len(set(content)), sum(a == b for a, b in zip(said, said[1:], strict=False))])
+        doubled = sum(a == b for a, b in pairwise(said))
+        rows.append([n, n * n / 10, sum(able), len(content) - len(set(content)), doubled])
     return list(torch.tensor(rows, dtype=torch.float32, device=device).T)
 
 

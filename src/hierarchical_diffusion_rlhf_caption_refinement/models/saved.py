@@ -88,6 +88,14 @@ def load_eyes(path: Path) -> tuple[Eyes, dict[str, Any]]:
     return eyes_from(payload), payload["facts"]
 
 
+def captioner_kind(path: Path) -> Literal["base", "rlhf"]:
+    """Which of the two captioners a checkpoint is. Raises CheckpointError."""
+    kind = checkpoint.kind_of(path)
+    if kind not in ("base", "rlhf"):
+        raise CheckpointError(f"{path}: is a {kind} checkpoint, expected a captioner: base or rlhf")
+    return kind
+
+
 def save_denoiser(path: Path, kind: Literal["base", "rlhf"], eyes: Eyes, model: nn.Module, facts: dict[str, Any]) -> None:
     checkpoint.save(path, kind, eyes_payload(eyes) | {"model": model.state_dict(), "facts": facts})
 

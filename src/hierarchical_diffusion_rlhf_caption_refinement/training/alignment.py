@@ -59,15 +59,13 @@ class AlignmentTrainee(nn.Module):
         i, t = self.alignment.embed_images(tokens), self.alignment.pool(words, valid)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         target = torch.arange(len(ids), device=ids.device) + rank * len(ids)
-        logits = (
-            contrastive_loss(self.alignment.logits(i, gather(t)), target),
-            contrastive_loss(self.alignment.logits(t, gather(i)), target),
-        )
+        by_image = contrastive_loss(self.alignment.logits(i, gather(t)), target)
+        by_text = contrastive_loss(self.alignment.logits(t, gather(i)), target)
         patches = F.normalize(self.patch_out(self.alignment.image_in(tokens)), dim=-1)
         spoken = F.normalize(self.word_out(words), dim=-1) * valid[..., None] / valid.sum(1).sqrt()[:, None, None]
         text_rows = self.late(spoken, gather(patches))
         image_rows = self.late(gather(spoken), patches).T
-        return sum(logits) / 2, (contrastive_loss(text_rows, target) + contrastive_loss(image_rows, target)) / 2
+        return (by_image + by_text) / 2, (contrastive_loss(text_rows, target) + contrastive_loss(image_rows, target)) / 2
 
     def late(self, words: Float[Tensor, "B L E"], patches: Float[Tensor, "N P E"]) -> Float[Tensor, "B N"]:
         """Sum over words of the best-matching image token."""
@@ -138,9 +136,9 @@ def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: di
     state = run.state("alignment", trainee, cfg)
 
     def make(index: int, rows: list[int], part: slice) -> AlignmentBatch:
-        ids = shuffled_ids(captions, rows, generator(run.config.seed, "alignment captions", index))[part]
+        ids = shuffled_ids(captions, rows, generator(run.config.seed, "alignment captions", index))
         padded, length = pad(ids, max(map(len, ids)))
-        return AlignmentBatch(as_pixels(data["train"][rows[part]]), padded, length)
+        return AlignmentBatch(as_pixels(data["train"][rows[part]]), padded[part], length[part])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         texts = [example.captions[0] for example in examples["val"]]

@@ -38,7 +38,7 @@ class CaptionBatch:
 def caption_batch(
     corpus: Corpus, rows: list[int], part: slice, config: BaseConfig, g: torch.Generator, drop_images: bool = True
 ) -> CaptionBatch:
-    """One caption at random of each row, its reveal at random; all noise is drawn for the whole batch, then this process's part is taken."""
+    """A random caption of each row, revealed at random; noise is drawn for the whole batch, then this process's part is taken."""
     ids = shuffled_ids(corpus.captions, rows, g)
     x0, length = pad(ids, max(map(len, ids)))
     step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)

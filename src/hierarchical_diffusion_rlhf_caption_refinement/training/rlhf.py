@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_of, text_statistics, write_captions
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, creditable, leave_one_word_out, step_potential
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel, Words
@@ -78,8 +78,7 @@ def dense_reward(
     """Token-level CLIP credit of a rollout, by the method the config names."""
     width = t.x0.shape[1]
     said = [words(row[:n]) for row, n in zip(t.x0.tolist(), t.length.tolist(), strict=True)]
-    able = [[o < len(w) and creditable(w)[o] for o in owners] + [False] * (width - len(owners)) for w, owners in said]
-    credited = torch.tensor(able, device=t.x0.device)
+    credited = credited_tokens([w for w, _ in said], [o for _, o in said], width).to(t.x0.device)
     if config.dense == "leave_one_word_out":
         credit = leave_one_word_out(alignment, [w for w, _ in said], [o for _, o in said], joint, width)
         return dense_from_words(credit, credited, t.step, steps)
@@ -288,7 +287,8 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     mine = score(policy, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
     base = score(trainer.reference, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
     inside = (rolled.step > 0) & (rolled.step < HIDDEN)
-    kl = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean() + categorical_kl(mine.length_distribution, base.length_distribution).mean()  # fmt: skip
+    kl = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
+    kl = kl + categorical_kl(mine.length_distribution, base.length_distribution).mean()
     entropy = -(mine.distribution.exp() * mine.distribution.nan_to_num(neginf=0.0)).sum(-1)[inside].mean()
     facts = {"reward": float(written.reward.mean()), "judge": float(judged.mean()), "kl": float(kl), "entropy": float(entropy)}
     gold = gold_of(corpus.examples)

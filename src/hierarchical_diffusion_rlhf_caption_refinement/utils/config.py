@@ -5,7 +5,7 @@ The defaults here are the built-in benchmark's (`configs/default.yaml` spells th
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -57,6 +57,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0 and self.batch_size > 0 and self.grad_accum > 0, "epochs, batch_size and grad_accum must be positive")
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(0 <= self.warmup < 1, f"warmup is a share of all updates in [0, 1), got {self.warmup}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         _require(self.save_every > 0, "save_every must be positive")
@@ -83,7 +84,7 @@ class DataConfig:
     min_count: int = 1
     """Training occurrences that a word needs to enter the vocabulary of `words`."""
     ratings: str = ""
-    """JSONL of human ratings (image, caption, ratings, scale): the comparisons of the reward stage; empty: simulated raters (scenes only)."""
+    """JSONL of human ratings (image, caption, ratings, scale) for the reward stage; empty: simulated raters (scenes only)."""
 
     def __post_init__(self) -> None:
         _require(self.source == "scenes" or bool(self.path), f"data.path is needed for data.source={self.source}")
@@ -298,26 +299,47 @@ def _check_keys(tree: Any, where: str, prefix: str = "") -> None:
             raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
         if isinstance(value, dict):
             _check_keys(value, where, key + ".")
+        elif inside := [k for k in known if k.startswith(key + ".")]:
+            raise ConfigError(f"{where}: '{key}' is a group of settings, '{inside[0]}' is one of them")
 
 
-def _layer(where: str, node: Any) -> Any:
+Layer = tuple[str, Any]
+"""Where settings come from, for messages, and the settings."""
+
+
+def _layer(where: str, read: Callable[[], Any]) -> Layer:
+    try:
+        node = read()
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}") from None
+    except Exception as error:  # PyYAML's own error classes are not OmegaConf's
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     tree = OmegaConf.to_container(node)
     if tree is None:
-        return OmegaConf.create({})
+        return where, {}
     _require(isinstance(tree, dict), f"{where}: expected key: value pairs")
     _check_keys(tree, where)
-    return node
+    return where, node
 
 
-def _read_yaml(path: str) -> Any:
+def _arguments(overrides: Sequence[str]) -> list[Layer]:
+    for text in overrides:
+        _require("=" in text, f"{text}: expected key.sub=value")
+    return [_layer(text, lambda text=text: OmegaConf.from_dotlist([text])) for text in overrides]
+
+
+def _merged(layers: Sequence[Layer]) -> Config:
+    tree, where = OmegaConf.structured(Config), ""
     try:
-        return _layer(path, OmegaConf.load(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except ConfigError:
-        raise
-    except Exception as error:  # PyYAML's own error classes are not OmegaConf's
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        for where, node in layers:  # noqa: B007
+            tree = OmegaConf.merge(tree, node)
+        where = ""
+        return cast(Config, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")
+        raise ConfigError(": ".join(part for part in (where, error.full_key, reason) if part)) from None
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -325,35 +347,14 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
     Raises ConfigError with one line for an unknown key (naming the nearest valid one), a wrong type or an impossible combination.
     """
-    layers = [_read_yaml(str(f)) for f in files]
-    for text in overrides:
-        _require("=" in text, f"{text}: expected key.sub=value")
-        layers.append(_layer(text, OmegaConf.from_dotlist([text])))
-    if files:
-        layers.insert(0, OmegaConf.create({"run": Path(files[-1]).stem}))
-    try:
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers)))
-    except ConfigError:
-        raise
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        cause = error.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        raise ConfigError(key + str(error).splitlines()[0]) from None
+    layers = [_layer(str(f), lambda f=f: OmegaConf.load(f)) for f in files]
+    name = [("", {"run": Path(files[-1]).stem})] if files else []
+    return _merged([*name, *layers, *_arguments(overrides)])
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """A config with single settings changed. Raises ConfigError."""
-    return load_config([], [*_flat(to_plain(config)), *overrides]) if overrides else config
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    return [line for k, v in tree.items() for line in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}={_text(v)}"])]
-
-
-def _text(value: Any) -> str:
-    return f"'{value}'" if isinstance(value, str) else str(value).replace("None", "null")
+    return _merged([("", to_plain(config)), *_arguments(overrides)]) if overrides else config
 
 
 def config_from_plain(tree: dict[str, Any]) -> Config:
