@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement import cli
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
@@ -38,6 +36,8 @@ def mobilenet() -> Path:
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which `train.py --config configs/smoke.yaml` was run from end to end; tests must not write into it."""
+    from hierarchical_diffusion_rlhf_caption_refinement import cli  # only here, so that the type checks are in place
+
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

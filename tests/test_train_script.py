@@ -1,1 +1,206 @@
-def test_x(smoke): pass
+"""train.py: what a run leaves, stage by stage and all together, and what it says when it cannot go on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
+
+SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def summary(smoke: Path) -> dict[str, Any]:
+    return json.loads((smoke / "results/smoke/training_summary.json").read_text())
+
+
+def weights(path: Path) -> Any:
+    return load_denoiser(path, captioner_kind(path))[1].state_dict()
+
+
+def test_every_stage_leaves_its_checkpoint(smoke):
+    kinds = {"alignment_model": "alignment", "best_base_model": "base", "best_reward_model": "reward", "best_rlhf_model": "rlhf"}
+    for name, kind in kinds.items():
+        assert checkpoint.kind_of(smoke / f"models/smoke/{name}.pt") == kind
+    for stage in STAGES:
+        assert checkpoint.load(smoke / f"models/smoke/last_{stage}.pt", "training")["done"]
+    assert not list(smoke.rglob("*.tmp")) and {p.name for p in smoke.iterdir()} == {"models", "results", "cache"}
+
+
+def test_the_summary_has_the_specified_columns(summary):
+    columns = {
+        "base": ["train_loss", "val_loss"],
+        "reward": ["train_loss", "train_accuracy", "val_loss", "val_accuracy"],
+        "rlhf": ["train_loss", "train_reward", "val_loss", "val_reward"],
+    }
+    assert list(summary["stages"]) == list(STAGES)
+    for stage, names in columns.items():
+        trained = [row for row in summary["stages"][stage] if row["epoch"] > 0]
+        assert [row["epoch"] for row in trained] == list(range(1, {"base": 3, "reward": 2, "rlhf": 2}[stage] + 1))
+        for row in trained:
+            assert list(row)[: 2 + len(names)] == ["epoch", "step", *names]
+            assert all(isinstance(row[name], float) for name in names)
+    losses = [row["train_loss"] for row in summary["stages"]["base"]]
+    assert losses[0] > losses[1] > losses[2]
+    before = summary["stages"]["rlhf"][0]
+    assert before["epoch"] == 0 and "train_loss" not in before and before["val_reward"] is not None
+
+
+def test_the_summary_tells_hidden_quality_win_rate_and_time(summary):
+    assert list(summary["gold"]) == ["data", "base", "rlhf"]
+    for name, found in summary["gold"].items():
+        assert set(found) == {"accuracy", "specificity", "fluency", "utility", "mean_words"}
+        assert all(0 <= value <= 1 for key, value in found.items() if key != "mean_words"), name
+    assert summary["gold"]["data"]["utility"] > max(0.6, summary["gold"]["base"]["utility"])
+    win = summary["win_rate"]
+    assert 0 <= win["low"] <= win["value"] <= win["high"] <= 1
+    assert set(summary["seconds"]) == set(STAGES) and min(summary["seconds"].values()) > 0
+    assert 0 < summary["alignment"]["ceiling_r1"] <= 1
+    assert summary["parameters"]["base"] == summary["parameters"]["rlhf"] > 1000
+    report = summary["reward"]
+    assert 0 <= report["accuracy"]["low"] <= report["accuracy"]["value"] <= report["accuracy"]["high"] <= 1
+    assert {"rater_agreement", "length_only", "text_only", "image_shuffled", "by_gap", "calibration_error", "curve"} <= set(report)
+
+
+def test_the_config_is_kept_beside_the_numbers(smoke, summary):
+    kept = json.loads((smoke / "results/smoke/config.json").read_text())
+    assert config_from_plain(kept) == config_from_plain(summary["config"]) == load_config([SMOKE])
+
+
+def test_a_report_and_captions_of_fresh_images(smoke):
+    page = (smoke / "results/smoke/report/report.html").read_text(encoding="utf-8")
+    assert "Run smoke" in page and page.count("<img") > 12
+    assert len(list((smoke / "results/smoke/fresh").glob("scene_*.png"))) == cli.FRESH
+
+
+@pytest.fixture
+def copy(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished run once more, to be changed, and the working directory; the evaluation at the end of commands is left out."""
+    shutil.copytree(smoke, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "finish", lambda *args: None)
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "results/smoke/metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_stage_by_stage_and_once_more_is_the_same_run(smoke, copy):
+    for stage in STAGES:
+        assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 0
+    for name in ("best_base_model.pt", "best_rlhf_model.pt"):
+        one, other = (weights(folder / "models/smoke" / name) for folder in (smoke, copy))
+        assert all((one[key] == other[key]).all() for key in one)
+    assert rows(copy) == rows(smoke)
+    assert set(json.loads((copy / "results/smoke/stages.json").read_text())) == set(STAGES)
+
+
+def test_later_stages_take_the_base_model_as_it_is(copy):
+    assert cli.train(["--config", str(SMOKE), "--stage", "base", "base.layers=3", "base.fit.epochs=1"]) == 0
+    assert len([key for key in weights(copy / "models/smoke/best_base_model.pt") if key.endswith("mlp.c_fc.weight")]) == 3
+    assert cli.train(["--config", str(SMOKE), "--stage", "reward", "reward.comparisons=12", "reward.curve=[12]"]) == 0
+    assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "rlhf.fit.epochs=1"]) == 0
+    assert weights(copy / "models/smoke/best_rlhf_model.pt").keys() == weights(copy / "models/smoke/best_base_model.pt").keys()
+
+
+def test_a_finished_run_is_left_alone_when_resumed(copy):
+    before = {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))}
+    log = (copy / "results/smoke/metrics.jsonl").read_text()
+    assert cli.train(["--config", str(SMOKE), "--resume"]) == 0
+    assert {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))} == before
+    assert (copy / "results/smoke/metrics.jsonl").read_text() == log
+
+
+def test_a_stage_that_starts_over_unmakes_what_was_built_on_it(copy):
+    assert cli.train(["--config", str(SMOKE), "--stage", "base", "seed=1", "base.fit.epochs=1"]) == 0
+    assert set(json.loads((copy / "results/smoke/stages.json").read_text())) == {"alignment", "base"}
+    assert {path.name for path in (copy / "models/smoke").glob("last_*.pt")} == {"last_alignment.pt", "last_base.pt"}
+    assert [row["epoch"] for row in rows(copy) if row["stage"] == "base"] == [1]
+
+
+def test_an_unfinished_alignment_is_finished_before_the_base_model_begins(copy):
+    (copy / "results/smoke/stages.json").write_text("{}")
+    (copy / "models/smoke/last_alignment.pt").unlink()
+    before = (copy / "models/smoke/alignment_model.pt").stat().st_mtime_ns
+    assert cli.train(["--config", str(SMOKE), "--stage", "base", "--resume", "base.fit.epochs=3"]) == 0
+    assert (copy / "models/smoke/alignment_model.pt").stat().st_mtime_ns > before
+    assert set(json.loads((copy / "results/smoke/stages.json").read_text())) == {"alignment", "base"}
+
+
+def test_a_resumed_stage_is_held_to_its_settings(copy, capsys):
+    (copy / "results/smoke/stages.json").write_text(json.dumps({"alignment": 1.0}))
+    assert cli.train(["--config", str(SMOKE), "--resume", "base.fit.lr=0.5"]) == 1
+    assert capsys.readouterr().err == (
+        "error: models/smoke/last_base.pt: was trained with lr=0.003, now it is 0.5; remove it to start over\n"
+    )
+    assert cli.train(["--config", str(SMOKE), "--resume", "base.layers=3"]) == 1
+    assert "models/smoke/last_base.pt: is of another model" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_threads(copy, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.utils.seeding.set_threads", lambda n: chosen.append(n) or n)
+    path = copy / "results/smoke/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 7}))
+    for arguments in (["--resume", "threads=0"], ["--resume", "threads=3"]):
+        assert cli.train(["--config", str(SMOKE), *arguments]) == 0
+    assert chosen == [7, 3] and json.loads(path.read_text())["threads"] == 3
+
+
+@pytest.mark.parametrize(("stage", "missing"), [("reward", "base"), ("rlhf", "base"), ("rlhf", "reward")])
+def test_a_stage_without_what_it_needs_names_the_command(smoke, tmp_path, monkeypatch, capsys, stage, missing):
+    monkeypatch.chdir(tmp_path)
+    if missing == "reward":
+        shutil.copytree(smoke / "models", tmp_path / "models", ignore=shutil.ignore_patterns("best_reward*", "*rlhf*"))
+    assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 1
+    expected = f"models/smoke/best_{missing}_model.pt does not exist; make it with: python scripts/train.py --config configs/smoke.yaml --stage {missing}"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = [f"start_from={smoke / 'models/smoke'}", "run=sparse", "shaping.clip_weight=0"]
+    assert cli.train(["--config", str(SMOKE), *source, "--stage", "rlhf", "rlhf.fit.epochs=1"]) == 0
+    found = json.loads(Path("results/sparse/training_summary.json").read_text())
+    assert {"base", "rlhf"} <= set(found["gold"]) and "reward" in found["evaluation"]["rlhf"] and found["win_rate"]["value"] >= 0
+    assert found["stages"]["rlhf"][-1]["alpha"] == 0
+    assert not (smoke / "models/sparse").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("shaping.clip_wieght=0", "error: shaping.clip_wieght=0: unknown key 'shaping.clip_wieght'; did you mean 'shaping.clip_weight'?\n"),
+        ("rlhf.group=1", "error: rlhf.group must be at least 2: captions are compared within it\n"),
+        ("epochs", "error: epochs: expected key.sub=value\n"),
+    ],
+)
+def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, argument, line):
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(["--config", str(SMOKE), argument]) == 2
+    assert capsys.readouterr().err == line and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["vision.width=33"], 2, "vision.width must be a multiple of vision.heads"),
+        (["vision.backbone=nowhere/at-all"], 1, "nowhere/at-all: not a usable vision backbone"),
+        (["data.source=jsonl", "data.path=missing.jsonl"], 1, "missing.jsonl: No such file or directory"),
+        (["data.train=0"], 1, "data.source=scenes: data.train, data.val, data.test and data.captions_per_image must be positive"),
+        (["alignment.fit.lr=1e30", "data.train=64"], 1, "the gradient is not finite"),
+    ],
+)
+def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, code, reason):
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(["--config", str(SMOKE), *arguments]) == code
+    errors = capsys.readouterr().err
+    assert reason in errors and errors.count("\n") == 1

@@ -16,7 +16,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Pret
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, load_denoiser, load_reward
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
 
 
@@ -50,14 +50,14 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, kind: Literal["base", "rlhf"] = "rlhf", device: str = "cpu") -> "Captioner":
-        """From a checkpoint, or from the folder it is in; a reward model is taken from the same folder if there is one.
+        """From a checkpoint, or from the folder it is in; a reward model is taken from the same folder, or the run's source.
 
         Raises CheckpointError.
         """
         path = Path(path) / FILES[kind] if Path(path).is_dir() else Path(path)
         eyes, model, _ = load_denoiser(path, kind)
-        beside = path.with_name(FILES["reward"])
-        reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0].to(device) if beside.exists() else None
+        found = find_reward(path, eyes.config)
+        reward = load_reward(found, words_and_owners(eyes.tokenizer))[0].to(device) if found else None
         return cls(eyes, model.to(device), reward, eyes.config.sampler)
 
     def __call__(self, images: str | Path | Image | Sequence[str | Path | Image], seed: int = 0, **settings: object) -> list[Caption]:

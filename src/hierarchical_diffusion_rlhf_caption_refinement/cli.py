@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace) -> int:
     from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
     from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads
 
-    set_threads(config.threads)
+    threads = set_threads(config.threads or (kept_threads(config) if args.resume else 0))
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
     accelerator = Accelerator(
@@ -81,13 +81,19 @@ def _train(args: argparse.Namespace) -> int:
         accelerator.init_trackers(config.run)
     log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
     if accelerator.is_main_process:
-        write_json(config.results / "config.json", to_plain(config))
+        write_json(config.results / "config.json", to_plain(config) | {"threads": threads})
     pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
     pipeline.train(STAGES if args.stage == "all" else [cast(Stage, args.stage)])
     if accelerator.is_main_process:
         finish(config, log, pipeline.times())
     accelerator.end_training()
     return 0
+
+
+def kept_threads(config: Config) -> int:
+    """What the run began with: sums over other threads are other bits."""
+    path = config.results / "config.json"
+    return json.loads(path.read_text())["threads"] if path.exists() else 0
 
 
 def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
@@ -166,7 +172,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hierarchical_diffusion_rlhf_caption_refinement.utils.config import with_overrides
 
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
-    config = replace(config, start_from=str(args.checkpoint.parent))
     main = evaluate_checkpoint(args.checkpoint, args.model_type, config, CACHE)
     names = {str(args.checkpoint): main}
     summary: dict[str, Any] = {"run": config.run, "checkpoint": str(args.checkpoint), "type": args.model_type}
@@ -192,6 +197,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 def predict(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="predict.py", description="Caption images.")
     parser.add_argument("--checkpoint", required=True, type=Path)
@@ -201,7 +212,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--image-list", type=Path, metavar="FILE", help="text file with a path or URL per line")
     parser.add_argument("--output", type=Path, help="JSON file to write; default: print")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="sampler settings, e.g. steps=4 max_words=8 candidates=8 temperature=0.8"
     )

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample, score
+from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper, Scales
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
     Rollout,
@@ -192,7 +193,7 @@ def test_the_loss_of_a_caption_does_not_depend_on_its_batch_or_padding() -> None
 def trainer_of(world: Any, run_of: RunOf, **settings: object) -> Trainer:
     rlhf = replace(world.config.rlhf, **settings.pop("rlhf", {}))  # type: ignore[arg-type]
     run = run_of(world.config, rlhf=rlhf, **settings)
-    policy, reference = world.denoiser(), world.denoiser().requires_grad_(False)
+    policy, reference = world.denoiser(), world.denoiser()
     extra = {"kl_weight": 0.03, "over": [], "confidence": [0.0, 1.0]}
     return Trainer(run, policy, reference, world.reward(reference), world.words, world.corpora["train"], extra)
 
@@ -210,6 +211,8 @@ SHAPINGS = {
 @pytest.mark.parametrize("name", SHAPINGS)
 def test_a_rollout_is_data_and_its_update_touches_the_policy_alone(world: Any, run_of: RunOf, name: str) -> None:
     trainer = trainer_of(world, run_of, shaping=SHAPINGS[name])
+    for part in (trainer.reference, trainer.reward):
+        part.requires_grad_(True)  # even if nobody had frozen them
     rollout = trainer.roll(0)
     assert not any(isinstance(v, Tensor) and v.requires_grad for v in vars(rollout).values())
     centred = rollout.length_advantage.view(-1, trainer.config.rlhf.group)
@@ -224,9 +227,29 @@ def test_a_rollout_is_data_and_its_update_touches_the_policy_alone(world: Any, r
     assert not {p.data_ptr() for p in optimised} & {p.data_ptr() for p in frozen.values()}
     loss, facts = policy_loss(trainer.policy, rollout, trainer.config.rlhf, 0.03, trainer.policy.allowed)
     loss.backward()
-    assert all(p.grad is None and not p.requires_grad for p in frozen.values())
+    assert all(p.grad is None for p in frozen.values())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainer.policy.parameters())
     assert facts["clipped"] == 0 and abs(facts["kl"].item()) < 1e-4 and facts["entropy"] > 0
+
+
+def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf) -> None:
+    trainer = trainer_of(world, run_of, shaping=ShapingConfig(clip_weight=0.5, preference_weight=0.5))
+    trainer.reference = world.denoiser(1).requires_grad_(False)
+    trainer.extra["confidence"] = [-2.5, 0.3]
+    rollout, group = trainer.roll(0), trainer.config.rlhf.group
+    t, image, joint = trainer.sample(trainer.policy, trainer.rows(0), trainer.corpus, ("rollout", 0))
+    assert torch.equal(t.x0, rollout.x0) and torch.equal(image, rollout.image)
+    alignment, shaper = trainer.reward.evidence.alignment, HierarchicalRewardShaper(trainer.config.shaping)
+    dense = dense_reward(alignment, world.words, t, joint.repeat_interleave(group, 0), trainer.config.shaping, trainer.config.rlhf.steps)
+    sparse = trainer.reward.score(t.x0, t.length, image, joint)
+    scales = Scales(*(float(square) ** 0.5 for square in shaper.squares(dense, sparse, t.step, group)))
+    shaped = shaper(dense, sparse, (log_odds(t.confidence) + 2.5) / 0.3, t.step, group, scales)
+    torch.testing.assert_close(rollout.advantage, shaped.advantage)
+    torch.testing.assert_close(rollout.length_advantage, shaped.length)
+    assert rollout.facts["alpha"] == pytest.approx(float(shaped.alpha[t.step < HIDDEN].mean())) and shaped.alpha.std() > 0.05
+    base = score(trainer.reference, t.x0, t.step, t.length, image, trainer.config.rlhf.temperature)
+    torch.testing.assert_close(rollout.reference, base.distribution)
+    torch.testing.assert_close(rollout.length_reference, base.length_distribution)
 
 
 def test_rollouts_can_be_replayed_and_serve_their_updates(world: Any, run_of: RunOf) -> None:

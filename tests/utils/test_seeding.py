@@ -41,10 +41,19 @@ def test_threads_take_the_idle_cores(monkeypatch, load, expected):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(seeding, "busy_cores", lambda: load)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert set_threads(0) == expected
     assert set_threads(3) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert set_threads(0) == max(1, expected // 4)
     assert chosen == [expected, 3, max(1, expected // 4)]
+
+
+def test_work_that_goes_on_is_seen():
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert seeding.busy_cores(1.0) > 0.5
+    finally:
+        spin.kill()
+        spin.wait()

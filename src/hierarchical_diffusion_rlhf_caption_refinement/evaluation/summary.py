@@ -24,7 +24,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import Sample, WordDetail
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import leave_one_word_out
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser, load_reward
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, find_reward, load_denoiser, load_reward
 from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config
 
@@ -46,6 +46,7 @@ class Evaluation:
     metrics: dict[str, Any]
     gold: dict[str, np.ndarray] | None
     confidence: list[list[float]]
+    reward: RewardModel | None
 
 
 def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Config | None, cache: Path) -> Evaluation:
@@ -56,8 +57,8 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     eyes, model, _ = load_denoiser(path, kind)
     config = config or eyes.config
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
-    beside = path.with_name(FILES["reward"])
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside.exists() else None
+    beside = find_reward(path, eyes.config)
+    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside else None
     rows = list(range(len(corpus)))
     written = write_captions(model, corpus, rows, config.sampler, config.seed, reward)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
         {k: float(v.mean()) for k, v in gold.items()} if gold else reference_scores(written.texts, corpus.examples)
     )
     confidence = [row[:n] for row, n in zip(written.trajectory.confidence.tolist(), written.trajectory.length.tolist(), strict=True)]
-    return Evaluation(written.texts, corpus, found, gold, confidence)
+    return Evaluation(written.texts, corpus, found, gold, confidence, reward)
 
 
 def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
@@ -131,10 +132,8 @@ def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> li
     """Some test images with their captions before and after, and where the reward of the latter comes from."""
     after = found.get("rlhf") or found["base"]
     before = found.get("base") or after
-    path = config.sources / FILES["reward"]
-    reward = load_reward(path, words_and_owners(after.corpus.tokenizer))[0] if path.exists() else None
     rows = range(min(count, len(after.captions)))
-    details = word_details(config, reward, after, list(rows)) if reward else [[] for _ in rows]
+    details = word_details(config, after.reward, after, list(rows)) if after.reward else [[] for _ in rows]
 
     def quality(e: Evaluation, row: int) -> dict[str, float]:
         return {name: float(values[row]) for name, values in e.gold.items()} if e.gold else {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hierarchical_diffusion_rlhf_caption_refinement.models.layers import Block, init_weights
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import quiet
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import AlignmentConfig
 
 
@@ -84,7 +85,8 @@ class PretrainedClip(nn.Module):
         super().__init__()
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-        self.model: Any = CLIPModel.from_pretrained(name).eval().requires_grad_(False)
+        with quiet():
+            self.model: Any = CLIPModel.from_pretrained(name).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.processor = CLIPImageProcessorPil.from_pretrained(name)
 

@@ -129,6 +129,12 @@ def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
     return reward.eval().requires_grad_(False), payload["facts"]
 
 
+def find_reward(captioner: Path, config: Config) -> Path | None:
+    """The reward model beside a captioner, else the one that its run built on."""
+    folders = [captioner.parent, *([Path(config.start_from)] if config.start_from else [])]
+    return next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
+
+
 def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     try:
         model.load_state_dict(state)
@@ -139,9 +145,5 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
 def with_config(eyes: Eyes, config: Config) -> Eyes:
     """The same eyes under another run's settings; what they were built from must stay."""
     kept = eyes.config
-    return replace(
-        eyes,
-        config=replace(
-            config, vision=kept.vision, alignment=kept.alignment, base=kept.base, data=replace(config.data, max_words=kept.data.max_words)
-        ),
-    )
+    data = replace(config.data, max_words=kept.data.max_words)
+    return replace(eyes, config=replace(config, vision=kept.vision, alignment=kept.alignment, data=data))

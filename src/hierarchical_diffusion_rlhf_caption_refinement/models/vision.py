@@ -5,11 +5,13 @@ Axes: B images, P image tokens, D width, C native width of a backbone, H and W p
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -35,6 +37,20 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], *more: str) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no reports from transformers: what matters in them is checked, and raised."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 class Projection(nn.Module):
@@ -74,8 +90,9 @@ class PretrainedVision:
         """
         self.name = name
         try:
-            self.processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
-            model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            with quiet():
+                self.processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+                model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError, ImportError) as error:
             raise VisionError(f"{name}: not a usable vision backbone: {' '.join(str(error).split())[:300]}") from None
         self.model: Any = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)

@@ -37,7 +37,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward_report import reward_report
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import train_rlhf
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Stage
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, Stage
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import write_json
 from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
 
@@ -81,39 +81,52 @@ class Pipeline:
     def train(self, stages: Sequence[Stage]) -> None:
         """Run the stages; when resuming, those that are complete are left as they are."""
         for stage in stages:
-            if self.run.resume and stage in self.times() and (self.run.config.models / FILES[stage]).exists():
+            if self.run.resume and self.complete(stage):
                 continue
-            self.note(stage, None)
+            self.begin(stage)
             started = time.perf_counter()
             getattr(self, stage)()
             self.run.accelerator.wait_for_everyone()
-            self.note(stage, time.perf_counter() - started)
+            self.note(self.times() | {stage: time.perf_counter() - started})
 
     def times(self) -> dict[str, float]:
         """Seconds of every stage that is complete."""
         path = self.run.config.results / "stages.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def note(self, stage: Stage, seconds: float | None) -> None:
-        """Record that a stage is complete; None: that it is not, any more."""
+    def note(self, times: dict[str, float]) -> None:
         if self.run.main:
-            times = {name: value for name, value in self.times().items() if name != stage}
-            write_json(self.run.config.results / "stages.json", times | ({stage: seconds} if seconds is not None else {}))
+            write_json(self.run.config.results / "stages.json", times)
+
+    def complete(self, stage: Stage) -> bool:
+        return stage in self.times() and (self.run.config.models / FILES[stage]).exists()
+
+    def begin(self, stage: Stage) -> None:
+        """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights."""
+        after = STAGES[STAGES.index(stage) :]
+        if self.run.main and not self.run.resume:
+            for name in reversed(after):
+                self.run.last(name).unlink(missing_ok=True)
+        times = self.times()
+        self.run.accelerator.wait_for_everyone()
+        self.note({name: value for name, value in times.items() if name not in after})
 
     def alignment(self) -> None:
         train_alignment(self.run, self.examples)
 
     def base(self) -> None:
-        if not (self.run.config.sources / FILES["alignment"]).exists():
+        if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
         train_base(self.run, self.eyes, self.corpora)
 
-    def load_base(self) -> DiffusionCaptionModel:
-        return load_denoiser(self.find("base"), "base")[1].to(self.run.device)
+    def load_base(self) -> tuple[Eyes, DiffusionCaptionModel]:
+        """The base model, and the eyes with the shape that it was trained in."""
+        found, model, _ = load_denoiser(self.find("base"), "base")
+        return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
 
     def reward(self) -> None:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
-        base, config = self.load_base(), self.run.config
+        (eyes, base), config = self.load_base(), self.run.config
         evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
         found = rated(config, self.corpora["test"]) if config.data.ratings else simulated(config, base, self.corpora)
         smoothing = smoothing_from(found.rater_agreement)
@@ -128,8 +141,8 @@ class Pipeline:
         if self.run.main:
             facts |= reward_report(reward, found, train, config.reward, config.seed)
             write_json(config.results / "reward_report.json", facts)
-            save_reward(config.models / JUDGE, self.eyes, judge, {"comparisons": len(val)})
-            save_reward(config.models / FILES["reward"], self.eyes, reward, facts)
+            save_reward(config.models / JUDGE, eyes, judge, {"comparisons": len(val)})
+            save_reward(config.models / FILES["reward"], eyes, reward, facts)
 
     def centre(self, reward: RewardModel) -> None:
         """Put the score's zero and unit on the base model's captions of validation images."""
@@ -141,6 +154,6 @@ class Pipeline:
         reward.set_base(scores[..., 0])
 
     def rlhf(self) -> None:
-        base, device = self.load_base(), self.run.device
+        (eyes, base), device = self.load_base(), self.run.device
         reward, judge = (load_reward(path, self.words)[0].to(device) for path in (self.find("reward"), self.run.config.sources / JUDGE))
-        train_rlhf(self.run, self.eyes, base, reward, judge, self.corpora, self.words)
+        train_rlhf(self.run, eyes, base, reward, judge, self.corpora, self.words)

@@ -159,7 +159,8 @@ class Trainer:
         inner = self.config.rlhf.inner_updates
         index = start // inner
         while True:
-            rollout = self.roll(index)
+            with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1
+                rollout = self.roll(index)
             for _ in range(inner):
                 yield rollout
             index += 1

@@ -104,6 +104,11 @@ class VisionConfig:
     """Transformer layers of `patches`."""
     heads: int = 4
 
+    def __post_init__(self) -> None:
+        own = self.backbone == "patches"
+        _require(not own or self.width % self.heads == 0, "vision.width must be a multiple of vision.heads")
+        _require(not own or self.image_size % self.patch_size == 0, "vision.image_size must be a multiple of vision.patch_size")
+
 
 @dataclass(frozen=True)
 class AlignmentConfig:
@@ -116,7 +121,10 @@ class AlignmentConfig:
     embed: int = 128
     """Width of the joint embedding space."""
     dropout: float = 0.0
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=15, batch_size=128, lr=1e-3))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, "alignment.width must be a multiple of alignment.heads")
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,10 @@ class BaseConfig:
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=15, batch_size=128, lr=2e-3, ema_decay=0.99))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=2e-3, ema_decay=0.99))
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,8 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps > 0 and self.candidates > 0, "sampler.steps and sampler.candidates must be positive")
+        _require(self.min_words > 0, "sampler.min_words must be positive")
+        _require(not 0 < self.max_words < self.min_words, "sampler.max_words must not be less than sampler.min_words")
         _require(self.temperature >= 0, "sampler.temperature must not be negative")
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
         _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
@@ -265,6 +278,9 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     rlhf: RLHFConfig = field(default_factory=RLHFConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
 
     @property
     def models(self) -> Path:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import time
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,22 @@ def seed_global(device: torch.device, seed: int, *key: object) -> None:
         torch.get_device_module(device).manual_seed(seed_of(seed, *key))
 
 
+def busy_cores(window_s: float = 0.5) -> float:
+    """Cores' worth of work going on now; the load average would still count what ended a minute ago, an installation say."""
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, wait, *_ = (int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+        return user + nice + system, idle + wait
+
+    try:
+        before = ticks()
+        time.sleep(window_s)
+        busy, idle = (now - then for now, then in zip(ticks(), before, strict=True))
+    except OSError:  # not Linux
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return (os.cpu_count() or 1) * busy / max(busy + idle, 1)
+
+
 def set_threads(threads: int) -> int:
     """Set and return torch's CPU threads; 0 takes the cores that are idle now, shared among the processes that torchrun started here.
 
@@ -31,7 +49,6 @@ def set_threads(threads: int) -> int:
     """
     if threads <= 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, (cores - round(load)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = max(1, (cores - round(busy_cores())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads
