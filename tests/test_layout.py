@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(ROOT.glob("src/**/*.py"))
-OURS = [path for folder in ("src", "scripts", "configs", "tests", "docs", ".ci") for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
+OURS = [
+    path
+    for folder in ("src", "scripts", "configs", "tests", "docs", ".ci")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.is_file()
+]
 MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
 
 
@@ -39,7 +44,11 @@ def test_functions_are_short_and_modules_say_what_they_are_about(path):
 
 def test_no_file_knows_where_it_was_written():
     machine = re.compile(r"(?<![\w.])/(home|root|Users|work|mnt|tmp)/\w")
-    found = [str(path) for path in OURS if path.suffix in {".py", ".yaml", ".md", ".toml", ""} and machine.search(path.read_text(encoding="utf-8"))]
+    found = [
+        str(path)
+        for path in OURS
+        if path.suffix in {".py", ".yaml", ".md", ".toml", ""} and machine.search(path.read_text(encoding="utf-8"))
+    ]
     assert found == []
 
 

@@ -87,4 +87,4 @@ def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: 
     other = Config(run="other", seed=7, data=DataConfig(max_words=30, train=5), base=BaseConfig(width=64))
     merged = with_config(eyes, other).config
     assert (merged.run, merged.seed, merged.data.train) == ("other", 7, 5)
-    assert merged.data.max_words == 6 and merged.base == CONFIG.base and merged.vision == CONFIG.vision
+    assert merged.data.max_words == 6 and merged.base == other.base and merged.vision == CONFIG.vision

@@ -161,7 +161,10 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override, named
         (["sampler.top_p=0"], "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]"),
         (["sampler.threshold=1.5"], "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]"),
         (["shaping.clip_weight=-1"], "shaping weights must not be negative"),
-        (["shaping.clip_weight=0", "shaping.preference_weight=0"], "one of shaping.clip_weight and shaping.preference_weight must be positive"),
+        (
+            ["shaping.clip_weight=0", "shaping.preference_weight=0"],
+            "one of shaping.clip_weight and shaping.preference_weight must be positive",
+        ),
         (["shaping.alpha_min=0.95"], "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold"),
         (["shaping.credit=potential"], "shaping.credit=potential needs shaping.dense=step_potential"),
         (["rlhf.group=1"], "rlhf.group must be at least 2: captions are compared within it"),
@@ -188,7 +191,13 @@ def test_code_that_builds_a_config_is_held_to_the_same_rules():
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "No such file"), ("a: [1", "not valid YAML"), ("- a\n- b\n", "expected key: value pairs"), ("just text\n", ""), ("a: 1\n\tb: 2\n", "not valid YAML")],
+    [
+        (None, "No such file"),
+        ("a: [1", "not valid YAML"),
+        ("- a\n- b\n", "expected key: value pairs"),
+        ("just text\n", ""),
+        ("a: 1\n\tb: 2\n", "not valid YAML"),
+    ],
 )
 def test_a_file_that_is_no_config_is_named_in_one_line(tmp_path, content, reason):
     path = tmp_path / "c.yaml"

@@ -102,7 +102,7 @@ def shuffled_ids(captions: list[list[list[int]]], rows: list[int], generator: to
     return [captions[row][int(u * len(captions[row]))] for row, u in zip(rows, draws, strict=True)]
 
 
-def as_pixels(array: np.ndarray) -> Float[Tensor, "B 3 H W"]:
+def as_tensor(array: np.ndarray) -> Float[Tensor, "B ..."]:
     return torch.from_numpy(array.astype(np.float32))
 
 
@@ -138,11 +138,11 @@ def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: di
     def make(index: int, rows: list[int], part: slice) -> AlignmentBatch:
         ids = shuffled_ids(captions, rows, generator(run.config.seed, "alignment captions", index))
         padded, length = pad(ids, max(map(len, ids)))
-        return AlignmentBatch(as_pixels(data["train"][rows[part]]), padded[part], length[part])
+        return AlignmentBatch(as_tensor(data["train"][rows[part]]), padded[part], length[part])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         texts = [example.captions[0] for example in examples["val"]]
-        return retrieval(cast(AlignmentTrainee, model), lambda part: as_pixels(data["val"][part]).to(run.device), texts)
+        return retrieval(cast(AlignmentTrainee, model), lambda part: as_tensor(data["val"][part]).to(run.device), texts)
 
     def best(model: nn.Module, row: Row) -> None:
         save_eyes(path, eyes, {"row": row})

@@ -129,6 +129,8 @@ class Pipeline:
         (eyes, base), config = self.load_base(), self.run.config
         evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
         found = rated(config, self.corpora["test"]) if config.data.ratings else simulated(config, base, self.corpora)
+        if few := [name for name, part in vars(found).items() if name in ("train", "val", "test") and not len(part)]:
+            raise ValueError(f"{config.data.ratings}: no two captions to compare of the test images that would be for {', '.join(few)}")
         smoothing = smoothing_from(found.rater_agreement)
         train, val = examine(evidence, found.train), examine(evidence, found.val)
         used = head_of(train, config.reward.comparisons or len(train))

@@ -203,9 +203,9 @@ class RewardConfig:
 class ShapingConfig:
     """R(t) = alpha(c) R_dense(t) + (1 - alpha(c)) R_sparse."""
 
-    clip_weight: float = 0.3
+    clip_weight: float = 0.15
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
-    preference_weight: float = 0.7
+    preference_weight: float = 0.85
     """Weight of the sparse preference reward."""
     kappa: float = 1.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
@@ -246,7 +246,7 @@ class RLHFConfig:
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
     """Weight of the base objective on reference captions."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=8, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=12, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
 
     def __post_init__(self) -> None:
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")

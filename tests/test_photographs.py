@@ -1,0 +1,135 @@
+"""The whole way with image files, people's captions, people's ratings and a pretrained backbone, all of them tiny."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import CLIPImageProcessorPil, ViTConfig, ViTModel
+
+from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene, write_caption
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLITS = ["train"] * 10 + ["val"] * 4 + ["test"] * 10
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def collection(folder: Path, rated: int) -> None:
+    """`captions.jsonl`, `images/`, `ratings.jsonl` of the first `rated` test images, `backbone/` and `photographs.yaml`."""
+    rng, rows, ratings = random.Random(0), [], []
+    (folder / "images").mkdir(parents=True)
+    for i, split in enumerate(SPLITS):
+        scene, name = sample_scene(3, "train", i), f"{i}.{'jpg' if i % 2 else 'png'}"
+        render(scene).resize((80 + i, 64)).save(folder / "images" / name)
+        captions = [write_caption(scene, rng) for _ in range(3)]
+        rows.append({"image": name, "captions": captions, "split": split})
+        if split == "test" and len({r["image"] for r in ratings}) < rated:
+            others = [write_caption(sample_scene(4, "train", 10 * i + j), rng) for j in range(2)]
+            for base, caption in [(3, write_caption(scene, rng)), (2, others[0]), (1, others[1])]:
+                votes = [min(max(base + rng.choice([-1, 0, 0, 1]), 1), 4) for _ in range(3)]
+                ratings.append({"image": name, "caption": caption, "ratings": votes, "scale": [1, 4], "source": "expert"})
+    write_lines(folder / "captions.jsonl", rows)
+    write_lines(folder / "ratings.jsonl", ratings)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**shape, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(folder / "backbone")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "backbone")
+    config = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8"))
+    names = {"path": "captions.jsonl", "ratings": "ratings.jsonl"}
+    config["data"] = {"source": "jsonl", "train": 0, "val": 0, "test": 0, "max_words": 12} | {k: str(folder / v) for k, v in names.items()}
+    config["vision"] = {"backbone": str(folder / "backbone"), "width": 16}
+    config["reward"] |= {"comparisons": 0, "curve": [5, 300]}
+    for stage in ("alignment", "base", "reward", "rlhf"):
+        config[stage]["fit"] |= {"epochs": 1, "batch_size": 5}
+    config["rlhf"]["fit"] |= {"epoch_size": 10}
+    (folder / "photographs.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; the collection lies in `collection/`."""
+    folder = tmp_path_factory.mktemp("photographs")
+    collection(folder / "collection", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.train(["--config", str(folder / "collection/photographs.yaml")]) == 0
+    return folder
+
+
+def test_quality_is_told_by_references(photographs):
+    summary = json.loads((photographs / "results/photographs/training_summary.json").read_text())
+    assert "gold" not in summary and summary.get("win_rate") is None
+    for kind in ("base", "rlhf"):
+        found = summary["references"][kind]
+        assert set(found) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l"} and all(v >= 0 for v in found.values())
+        assert summary["evaluation"][kind]["references"] == found and "reward" in summary["evaluation"][kind]
+    assert 0 < summary["references"]["base"]["rouge_l"] < 1
+    assert summary["alignment"]["val_text_to_image_r10"] == 1.0  # among four
+    assert [row["epoch"] for row in summary["stages"]["rlhf"]] == [0, 1] and "val_cider_d" in summary["stages"]["base"][0]
+    assert (photographs / "results/photographs/report/report.html").read_text(encoding="utf-8").count("<img") > 12
+
+
+def test_the_reward_model_learns_from_ratings(photographs):
+    report = json.loads((photographs / "results/photographs/reward_report.json").read_text())
+    counts = report["comparisons"]
+    assert min(counts.values()) > 0 and sum(counts.values()) <= 30 and "facts" not in report
+    assert 0.5 < report["rater_agreement"] <= 1 and 0 <= report["accuracy"]["value"] <= 1
+    assert list(report["curve"]) == sorted({"5", str(counts["train"])}, key=int)
+
+
+def test_evaluate_and_compare(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(photographs)
+    names = [f"models/photographs/best_{kind}_model.pt" for kind in ("rlhf", "base")]
+    assert cli.evaluate(["--checkpoint", names[0], "--compare", names[1], "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    summary = json.loads((photographs / "results/photographs/training_summary.json").read_text())
+    assert found["references"] == summary["references"] and found["win_rate"] is None
+    assert list(found["captions"]) == [f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(14, 24)]
+    assert "cider d" in capsys.readouterr().out
+
+
+def test_a_photograph_is_captioned(photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = photographs / "collection/images/15.jpg"
+    checkpoint = photographs / "models/photographs/best_rlhf_model.pt"
+    Path("list.txt").write_text(f"{image}\n")
+    assert cli.predict(["--checkpoint", str(checkpoint), "--image-list", "list.txt", "--output", "found.json"]) == 0
+    (row,) = json.loads(Path("found.json").read_text())
+    assert row["caption"] and row["error"] is None and isinstance(row["reward"], float)
+    assert cli.evaluate(["--checkpoint", str(checkpoint), "--output", "out"]) == 0
+    assert json.loads(Path("out/evaluation.json").read_text())["captions"]["15.jpg"] == row["caption"]
+
+
+def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = photographs / "models/photographs/best_rlhf_model.pt"
+    assert cli.predict(["--checkpoint", str(checkpoint), "--image-url", str(photographs / "collection/images/0.png")]) == 0
+    found = capfd.readouterr()
+    assert found.err == "" and len(found.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("rated", [0, 1])
+def test_too_few_ratings_are_an_error_in_one_line(photographs, tmp_path, monkeypatch, capsys, rated):
+    collection(tmp_path / "few", rated)
+    monkeypatch.chdir(photographs)
+    ratings = tmp_path / "few/ratings.jsonl"
+    code = cli.train(
+        [
+            "--config",
+            str(photographs / "collection/photographs.yaml"),
+            "run=few",
+            "start_from=models/photographs",
+            "--stage",
+            "reward",
+            f"data.ratings={ratings}",
+        ]
+    )
+    found = capsys.readouterr().err
+    assert code == 1 and found.startswith(f"error: {ratings}: ") and found.count("\n") == 1

@@ -1,0 +1,172 @@
+"""predict.py: files, lists and addresses of images become captions; what fails is listed and does not stop the rest."""
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(7):
+        render(sample_scene(5, "test", i)).save(folder / f"{i}.png")
+    render(sample_scene(5, "test", 0)).resize((300, 200)).save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.fixture
+def predict(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """predict.py with the smoke run's refined model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: cli.predict(["--checkpoint", str(smoke / "models/smoke/best_rlhf_model.pt"), *arguments])
+
+
+def listed(predict, names, *more: str) -> tuple[int, list[dict]]:
+    Path("images.txt").write_text("\n".join(map(str, names)) + "\n")
+    code = predict("--image-list", "images.txt", "--output", "predictions.json", *more)
+    return code, json.loads(Path("predictions.json").read_text())
+
+
+@pytest.fixture
+def address(pictures: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(pictures)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_one_image(predict, pictures, capsys):
+    assert predict("--image-url", str(pictures / "photo.jpg")) == 0
+    out = capsys.readouterr().out
+    first, second, *_ = out.splitlines()
+    assert first.startswith(f"{pictures / 'photo.jpg'}: ") and len(first.split(": ")[1].split()) >= 1
+    assert second.startswith("confidence 0.") and "reward " in second
+
+
+def test_an_address_gives_the_caption_of_the_file(predict, pictures, address):
+    code, (by_name, by_address) = listed(predict, [pictures / "3.png", f"{address}/3.png"])
+    assert code == 0 and by_name["caption"] == by_address["caption"] and by_address["image"] == f"{address}/3.png"
+
+
+def test_an_address_without_an_image(predict, address, capsys):
+    assert predict("--image-url", f"{address}/nothing.png") == 1
+    assert capsys.readouterr().err == f"failed: {address}/nothing.png: HTTP Error 404: File not found\n"
+
+
+def test_a_list_becomes_a_file_of_captions(predict, pictures, capsys):
+    code, rows = listed(predict, [*(pictures / f"{i}.png" for i in range(7)), "# a comment", "", pictures / "0.png"])
+    assert (code, capsys.readouterr().out) == (0, "8 captions in predictions.json\n")
+    assert [row["image"] for row in rows] == [str(pictures / f"{i}.png") for i in (0, 1, 2, 3, 4, 5, 6, 0)]
+    for row in rows:
+        assert set(row) == {"image", "caption", "confidence", "reward", "tokens", "seed", "error"} and row["error"] is None
+        assert " ".join(token["token"] for token in row["tokens"]) == row["caption"]
+        assert 0 < row["confidence"] <= 1 and isinstance(row["reward"], float)
+        assert {token["step"] for token in row["tokens"]} <= set(range(1, 5))
+    assert rows[0] == rows[-1]
+
+
+def test_captions_do_not_depend_on_the_company(predict, pictures):
+    names = [str(pictures / f"{i}.png") for i in range(7)]
+    several = {}
+    for settings in ([], ["temperature=1", "order=random"]):
+        for size in ("1", "3", "32"):
+            random.Random(size).shuffle(names)
+            rows = listed(predict, names, "--batch-size", size, *settings)[1]
+            several.setdefault(tuple(settings), []).append({row["image"]: row["caption"] for row in rows})
+    for found in several.values():
+        assert found[0] == found[1] == found[2]
+    drawn = listed(predict, names, "temperature=1", "order=random", "--seed", "1")[1]
+    assert {row["image"]: row["caption"] for row in drawn} != several["temperature=1", "order=random"][0]
+
+
+def test_bad_images_are_listed_and_the_others_captioned(predict, pictures, capsys):
+    Path("text.png").write_text("this is no picture")
+    Path("cut.png").write_bytes((pictures / "1.png").read_bytes()[:900])
+    Path("empty.jpg").touch()
+    names = [str(pictures / "0.png"), "missing.png", "text.png", str(pictures / "2.png"), "cut.png", "empty.jpg", "."]
+    code, rows = listed(predict, names, "--batch-size", "2")
+    assert code == 3 and [row["image"] for row in rows] == names
+    assert [row["caption"] is None for row in rows] == [False, True, True, False, True, True, True]
+    found = capsys.readouterr()
+    assert found.out == "2 captions in predictions.json\n"
+    lines = found.err.splitlines()
+    assert len(lines) == 5 and all(line.startswith("failed: ") for line in lines)
+    assert lines[0] == "failed: missing.png: no such file" and lines[1] == "failed: text.png: not an image"
+    assert [row["error"] for row in rows if row["error"]] == [line.removeprefix("failed: ") for line in lines]
+
+
+def test_nothing_but_bad_images(predict, capsys):
+    code, rows = listed(predict, ["missing.png", "gone.png"])
+    assert code == 1 and [row["error"] for row in rows] == ["missing.png: no such file", "gone.png: no such file"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "names no image"),
+        (b"\n# only this\n", "names no image"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_list_without_images(predict, capsys, content, reason):
+    if content is not None:
+        Path("images.txt").write_bytes(content)
+    assert predict("--image-list", "images.txt") == 2
+    assert capsys.readouterr().err == f"error: images.txt: {reason}\n"
+
+
+def test_settings_of_the_sampler(predict, pictures):
+    names = [pictures / f"{i}.png" for i in range(4)]
+    for bounds in ((6, 7), (2, 2), (11, 12)):
+        code, rows = listed(predict, names, f"min_words={bounds[0]}", f"max_words={bounds[1]}")
+        assert code == 0 and all(bounds[0] <= len(row["tokens"]) <= bounds[1] for row in rows)
+    one_step = listed(predict, names, "steps=1")[1]
+    assert all(token["step"] == 1 for row in one_step for token in row["tokens"])
+    best = listed(predict, names, "candidates=8", "temperature=1")[1]
+    first = listed(predict, names, "candidates=1", "temperature=1")[1]
+    assert sum(row["reward"] for row in best) > sum(row["reward"] for row in first)
+    for order in ("left_to_right", "plackett_luce", "confidence"):
+        assert listed(predict, names[:1], f"order={order}", "guidance=2", "remask=1", "threshold=0.9", "top_p=0.9")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("stepz=3", "sampler.stepz=3: unknown key 'sampler.stepz'; did you mean 'sampler.steps'?"),
+        ("steps=0", "sampler.steps and sampler.candidates must be positive"),
+        ("min_words=99", "sampler.min_words must not be more than data.max_words"),
+        ("candidates=4", "sampler.candidates > 1 needs sampler.temperature > 0"),
+    ],
+)
+def test_settings_that_do_not_exist_or_fit(predict, pictures, capsys, setting, line):
+    assert predict("--image-url", str(pictures / "0.png"), setting) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--image-list", "x"], ["--model-type", "reward"]])
+def test_wrong_usage(predict, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        predict("--image-url", "x.png", *arguments)
+    assert stopped.value.code == 2
+
+
+def test_the_wrong_model_type(predict, smoke, capsys):
+    assert predict("--image-url", "x.png", "--model-type", "base") == 1
+    assert capsys.readouterr().err == f"error: {smoke / 'models/smoke/best_rlhf_model.pt'}: is a rlhf checkpoint, expected base\n"
