@@ -1,6 +1,7 @@
 """Runs train.py until it has computed for some seconds in some stage, then kills it; run by test_interruption.py.
 
-Arguments: the stage (or `before note`, `after note`: when the next stage is complete, around writing that down), the seconds, and train's own.
+Arguments: the stage (or `before note`, `after note`: when the next stage is complete, around writing that down), the seconds,
+and train's own.
 """
 
 import os

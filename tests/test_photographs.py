@@ -103,8 +103,7 @@ def test_a_photograph_is_captioned(photographs, tmp_path, monkeypatch):
     assert cli.predict(["--checkpoint", str(checkpoint), "--image-list", "list.txt", "--output", "found.json"]) == 0
     (row,) = json.loads(Path("found.json").read_text())
     assert row["caption"] and row["error"] is None and isinstance(row["reward"], float)
-    assert cli.evaluate(["--checkpoint", str(checkpoint), "--output", "out"]) == 0
-    assert json.loads(Path("out/evaluation.json").read_text())["captions"]["15.jpg"] == row["caption"]
+    assert row["tokens"] and set(row["caption"].split()) == {token["token"] for token in row["tokens"]}
 
 
 def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd):
@@ -118,18 +117,10 @@ def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd)
 @pytest.mark.parametrize("rated", [0, 1])
 def test_too_few_ratings_are_an_error_in_one_line(photographs, tmp_path, monkeypatch, capsys, rated):
     collection(tmp_path / "few", rated)
+    capsys.readouterr()
     monkeypatch.chdir(photographs)
     ratings = tmp_path / "few/ratings.jsonl"
-    code = cli.train(
-        [
-            "--config",
-            str(photographs / "collection/photographs.yaml"),
-            "run=few",
-            "start_from=models/photographs",
-            "--stage",
-            "reward",
-            f"data.ratings={ratings}",
-        ]
-    )
+    config, source = photographs / "collection/photographs.yaml", "start_from=models/photographs"
+    code = cli.train(["--config", str(config), "run=few", source, "--stage", "reward", f"data.ratings={ratings}"])
     found = capsys.readouterr().err
     assert code == 1 and found.startswith(f"error: {ratings}: ") and found.count("\n") == 1

@@ -161,8 +161,8 @@ def test_a_stage_without_what_it_needs_names_the_command(smoke, tmp_path, monkey
     if missing == "reward":
         shutil.copytree(smoke / "models", tmp_path / "models", ignore=shutil.ignore_patterns("best_reward*", "*rlhf*"))
     assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 1
-    expected = f"models/smoke/best_{missing}_model.pt does not exist; make it with: python scripts/train.py --config configs/smoke.yaml --stage {missing}"
-    assert capsys.readouterr().err == f"error: {expected}\n"
+    command = f"python scripts/train.py --config configs/smoke.yaml --stage {missing}"
+    assert capsys.readouterr().err == f"error: models/smoke/best_{missing}_model.pt does not exist; make it with: {command}\n"
 
 
 def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, monkeypatch):

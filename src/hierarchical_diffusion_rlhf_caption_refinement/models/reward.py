@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import (
     Alignment,
@@ -82,7 +83,9 @@ class Evidence(nn.Module):
         self, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"], image: Float[Tensor, "N P I"], joint: Float[Tensor, "N E"]
     ) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B T W"], Float[Tensor, "N P W"]]:
         """Features (see FEATURES; nats, cosines, counts), hidden states of the caption, and the image in the denoiser's width."""
-        valid = valid_positions(length, x0.shape[1])
+        width, longest = x0.shape[1], int(length.max())
+        x0 = x0[:, :longest]
+        valid = valid_positions(length, longest)
         step = torch.where(valid, torch.arange(1, x0.shape[1] + 1, device=x0.device), HIDDEN)
         logp, hidden, lengths = self._surprise(x0, step, length, image, None)
         blind, _, _ = self._surprise(x0, step, length, image, torch.zeros(len(image), dtype=torch.bool, device=image.device))
@@ -98,6 +101,7 @@ class Evidence(nn.Module):
             ((logp - blind) * told).sum(1), length_logp, text_scores(self.alignment, [" ".join(w) for w in words], joint),
             *_mean_and_worst(credit, named), *_counts(words, x0.device),
         ]  # fmt: skip
+        hidden = F.pad(hidden, (0, 0, 0, width - longest))
         return torch.stack(features, 1), hidden, self.denoiser.image_in(image.to(hidden.dtype)) + self.denoiser.image_place
 
     def _surprise(self, x0: Tensor, step: Tensor, length: Tensor, image: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

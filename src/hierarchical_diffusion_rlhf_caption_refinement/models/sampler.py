@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import (
@@ -132,8 +133,7 @@ def sample(
     on_step: Callable[[Int[Tensor, "B T"]], None] | None = None,
 ) -> Trajectory:
     """Caption N images, B / N times each. `known` fixes words and with them the lengths (UNKNOWN marks open positions inside a caption,
-    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step.
-    """
+    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step."""
     twice = _twice(plan.guidance)
     seen = None if plan.guidance == 1 else torch.arange(2 * len(image), device=image.device) < len(image)
     memory = model.read_image(twice(image), seen)
@@ -145,8 +145,7 @@ def sample(
         length, length_logp = (known != HIDDEN).sum(1), torch.zeros_like(noise.length)
     open_, valid = known == UNKNOWN, known != HIDDEN
     x0 = torch.where(open_ | ~valid, 0, known)
-    steps = torch.full_like(length, plan.steps)
-    counts = reveal_counts(open_.sum(1), steps, plan.schedule)
+    counts = reveal_counts(open_.sum(1), torch.full_like(length, plan.steps), plan.schedule)
     by_model = plan.order in ("confidence", "plackett_luce")
     step = torch.where(valid, 0, HIDDEN)
     if not by_model:
@@ -230,8 +229,9 @@ def score(
     seen: Bool[Tensor, " N"] | None = None,
 ) -> Score:
     """Exact log-probability of trajectories in one pass, with gradient; `model` may be wrapped for distributed training."""
-    prediction = model(x0, step, length, image, seen)
-    distribution = policy_logp(prediction.logits, temperature)
+    longest = int(length.max())  # columns that are padding in every caption cost as much as words
+    prediction = model(x0[:, :longest], step[:, :longest], length, image, seen)
+    distribution = F.pad(policy_logp(prediction.logits, temperature), (0, 0, 0, x0.shape[1] - longest))
     written = (step > 0) & (step < HIDDEN)
     logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~written, 0.0)
     lengths = bounded_length_logp(prediction.length_logits)

@@ -121,7 +121,7 @@ class AlignmentConfig:
     embed: int = 128
     """Width of the joint embedding space."""
     dropout: float = 0.0
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, batch_size=128, lr=1e-3))
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "alignment.width must be a multiple of alignment.heads")
@@ -141,7 +141,7 @@ class BaseConfig:
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=2e-3, ema_decay=0.99))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
@@ -246,7 +246,7 @@ class RLHFConfig:
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
     """Weight of the base objective on reference captions."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=12, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
 
     def __post_init__(self) -> None:
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")
