@@ -196,4 +196,4 @@ def test_build_vision(tmp_path: Path) -> None:
     vision = build_vision(VisionConfig(backbone=save(tiny("dinov2")[0], tmp_path), width=8))
     assert isinstance(vision, PretrainedVision) and (vision.width, vision.num_tokens) == (8, 18)
     with pytest.raises(VisionError, match="multiple"):
-        build_vision(VisionConfig(image_size=60))
+        PatchEncoder(image_size=60)
