@@ -129,7 +129,7 @@ def quality_table(found: dict[str, dict[str, Any]], data: dict[str, float] | Non
     kind = "gold" if "gold" in first else "references"
     columns = list(first[kind])
     table = Table(title="test images", title_justify="left")
-    table.add_column("captions")
+    table.add_column("captions", overflow="fold")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     rows = ({"training data's own": data} if data else {}) | {name: metrics[kind] for name, metrics in found.items()}
