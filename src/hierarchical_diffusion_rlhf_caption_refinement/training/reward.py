@@ -152,6 +152,8 @@ def calibrate(reward: RewardModel, data: Examined) -> None:
     reward.temperature.fill_(1.0)
     margin, label = mean_margin(reward, data), data.pairs.label
     sided = label < 2
+    if not sided.any():
+        return
     sign = torch.where(label[sided] == 0, 1.0, -1.0)
     grid = torch.logspace(-1.5, 1.5, 121)
     nll = -F.logsigmoid(sign * margin[sided] / grid[:, None]).mean(1)

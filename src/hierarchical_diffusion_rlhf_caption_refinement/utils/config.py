@@ -219,9 +219,9 @@ class ShapingConfig:
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
         _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
         _require(0 <= self.alpha_min <= self.alpha_max <= 1, "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold")
-        _require(
-            self.credit != "potential" or self.dense == "step_potential", "shaping.credit=potential needs shaping.dense=step_potential"
-        )
+        potential = self.credit == "potential"
+        _require(not potential or self.dense == "step_potential", "shaping.credit=potential needs shaping.dense=step_potential")
+        _require(not potential or self.preference_weight > 0, "shaping.credit=potential needs a positive shaping.preference_weight")
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,7 @@ class RLHFConfig:
             "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
         )
         _require(self.temperature > 0, "rlhf.temperature must be positive: a greedy policy does not explore")
+        _require(min(self.inner_updates, self.fit.grad_accum) == 1, "rlhf.inner_updates > 1 does not go with rlhf.fit.grad_accum > 1")
         _require(self.fit.save_every % self.inner_updates == 0, "rlhf.fit.save_every must be a multiple of rlhf.inner_updates")
 
 
