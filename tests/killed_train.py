@@ -1,4 +1,4 @@
-"""Runs train.py until it has computed for some seconds in some stage, then kills it; run by test_interruption.py.
+"""Runs train.py until it has been in some stage for some seconds, then kills it; run by test_interruption.py.
 
 Arguments: the stage (or `before note`, `after note`: when the next stage is complete, around writing that down), the seconds,
 and train's own.
@@ -18,10 +18,9 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_after(seconds: float) -> None:
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        time.sleep(0.005)
+def kill_after(seconds: float, stage: str) -> None:
+    time.sleep(seconds)
+    os.write(1, f"killed inside {stage}\n".encode())
     kill()
 
 
@@ -39,7 +38,7 @@ def main(moment: str, seconds: float, arguments: list[str]) -> None:
     def started(self, stage):
         begin(self, stage)
         if stage == moment:
-            threading.Thread(target=kill_after, args=(seconds,), daemon=True).start()
+            threading.Thread(target=kill_after, args=(seconds, stage), daemon=True).start()
             Pipeline.note = note
         elif "note" in moment:
             Pipeline.note = note

@@ -112,13 +112,16 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     assert done.returncode == 0, done.stderr
     seconds = json.loads((whole / "results/smoke/stages.json").read_text())
     rng = random.Random(0)
-    moments = [(stage, share * seconds[stage]) for stage in STAGES for share in (rng.uniform(0, 0.6), rng.uniform(0.2, 1))]
+    moments = [(stage, share * seconds[stage]) for stage in STAGES for share in (rng.uniform(0.1, 0.5), rng.uniform(0.1, 0.9))]
     moments[2:2] = [("before note", 0)]  # trained, but not yet recorded as complete
     moments[5:5] = [("after note", 0)]  # between two stages
     moments.append(("rlhf", rng.uniform(0, 0.5) * seconds["rlhf"]))
+    inside = set()
     for number, moment in enumerate(moments):
         stopped = run(killed, *COMMAND[: 2 if number == 0 else 3], kill=moment)
         assert stopped.returncode == -signal.SIGKILL, (moment, stopped.stderr)
+        inside |= {stage for stage in STAGES if f"killed inside {stage}\n" in stopped.stdout}
+    assert inside == set(STAGES)
     done = run(killed, *COMMAND)
     assert done.returncode == 0, done.stderr
     assert differences(whole, killed) == []
