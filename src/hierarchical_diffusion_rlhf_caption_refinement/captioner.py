@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import load_image
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode, words_and_owners
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import best_candidates
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import PretrainedClip
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
+from .data.images import load_image
+from .data.text import decode, words_and_owners
+from .evaluation.evaluate import best_candidates
+from .models.alignment import PretrainedClip
+from .models.denoiser import DiffusionCaptionModel
+from .models.reward import RewardModel
+from .models.sampler import Trajectory, noise_for, sample
+from .models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
+from .utils.config import SamplerConfig
 
 
 @dataclass(frozen=True)

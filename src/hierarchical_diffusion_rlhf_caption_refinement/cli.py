@@ -12,17 +12,9 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import (
-    STAGES,
-    Config,
-    ConfigError,
-    SamplerConfig,
-    Stage,
-    load_config,
-    to_plain,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.utils.interrupt import Interrupted
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, write_json
+from .utils.config import STAGES, Config, ConfigError, SamplerConfig, Stage, load_config, to_plain
+from .utils.interrupt import Interrupted
+from .utils.runlog import RunLog, write_json
 
 CACHE = Path("cache")
 FRESH = 4
@@ -67,9 +59,9 @@ def _train(args: argparse.Namespace) -> int:
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
-    from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-    from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads
+    from .training.pipeline import Pipeline
+    from .training.run import Run
+    from .utils.seeding import set_threads
 
     threads = set_threads(config.threads or (kept_threads(config) if args.resume else 0))
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
@@ -98,8 +90,8 @@ def kept_threads(config: Config) -> int:
 
 def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
     """Evaluate what there is, write summary and report, and show the essence."""
-    from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import write_report
-    from hierarchical_diffusion_rlhf_caption_refinement.evaluation.summary import samples, summarise
+    from .evaluation.report import write_report
+    from .evaluation.summary import samples, summarise
 
     report = config.results / "reward_report.json"
     facts: dict[str, Any] = {"seconds": seconds, "config": to_plain(config)}
@@ -140,9 +132,9 @@ def quality_table(found: dict[str, dict[str, Any]], data: dict[str, float] | Non
 
 def caption_fresh_images(config: Config, console: Console) -> None:
     """Render scenes that no split holds, save them as files, and caption the files as a user would."""
-    from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
-    from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
-    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES
+    from .captioner import Captioner
+    from .data.scenes import render, sample_scene
+    from .models.saved import FILES
 
     if config.data.source != "scenes" or not (config.models / FILES["rlhf"]).exists():
         return
@@ -166,10 +158,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import write_report
-    from hierarchical_diffusion_rlhf_caption_refinement.evaluation.summary import evaluate_checkpoint, samples, win_rate
-    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
-    from hierarchical_diffusion_rlhf_caption_refinement.utils.config import with_overrides
+    from .evaluation.report import write_report
+    from .evaluation.summary import evaluate_checkpoint, samples, win_rate
+    from .models.saved import captioner_kind, load_denoiser
+    from .utils.config import with_overrides
 
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
     main = evaluate_checkpoint(args.checkpoint, args.model_type, config, CACHE)
@@ -220,9 +212,9 @@ def predict(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
-    from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind
-    from hierarchical_diffusion_rlhf_caption_refinement.utils.config import with_overrides
+    from .captioner import Captioner
+    from .models.saved import captioner_kind
+    from .utils.config import with_overrides
 
     names = [args.image_url] if args.image_url else read_list(args.image_list)
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type or captioner_kind(args.checkpoint))
@@ -256,7 +248,7 @@ def read_list(path: Path) -> list[str]:
 
 def caption_batch(captioner: Any, names: Sequence[str], plan: SamplerConfig, seed: int) -> list[dict[str, Any]]:
     """A row per name: the caption with its tokens and reward, or the error."""
-    from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, fetch_image, load_image
+    from .data.images import ImageError, fetch_image, load_image
 
     pictures, errors = {}, {}
     for name in names:

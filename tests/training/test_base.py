@@ -66,3 +66,13 @@ def test_training_learns_and_keeps_the_best_weights(world: Any, run_of: Callable
     _, model, facts = load_denoiser(path, "base")
     assert facts["row"]["val_loss"] == min(losses)
     assert validation_loss(model, world.corpora["val"], base, run.config.seed) == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_captions_lose_the_same_alone_and_in_groups_of_a_length(world: Any) -> None:
+    model, corpus = world.denoiser(), world.corpora["train"]
+    batch = caption_batch(corpus, list(range(24)), slice(None), world.config.base, generator(0, "x"))
+    assert len(set(batch.length.tolist())) > 4
+    together = caption_loss(model, batch, model.allowed)
+    alone = [caption_loss(model, batch.rows(torch.tensor([i])), model.allowed) for i in range(24)]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts))

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Progress, RunLog
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Progress, RunLog, counter
 
 
 def row(step, **numbers):
@@ -130,3 +130,12 @@ def test_plain_lines_elsewhere():
         "rlhf epoch 1  loss 0.1  reward 0.5  kl 1.25  val_reward 0.75",
         "rlhf epoch 2  loss 0.05  reward 0.5  kl 1.25  val_reward 0.75  KL [20] nats",
     ]
+
+
+def test_long_work_is_counted_on_stderr_and_short_work_is_not(capsys):
+    show = counter("image features:")
+    for done in range(0, 1001, 50):
+        show(done, 1000)
+        show(done // 10, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[0] == "image features: 0 of 1000" and lines[-1] == "image features: 1000 of 1000"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import Quality, Scene, check
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from ..utils.seeding import seed_of
+from .scenes import Quality, Scene, check
 
 Verdict = Literal["a", "b", "tie", "both_bad"]
 Reason = Literal["accuracy", "specificity", "fluency"]

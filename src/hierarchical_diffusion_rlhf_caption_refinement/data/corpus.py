@@ -10,8 +10,8 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, unknown_id
+from .sources import Example
+from .text import encode, unknown_id
 
 
 @dataclass(frozen=True)

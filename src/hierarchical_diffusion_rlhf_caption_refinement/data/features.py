@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
+from ..utils.runlog import counter
+from .images import ImageError
+from .sources import Example
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
@@ -102,12 +103,12 @@ def load_features(
     encode: Callable[[list[Image.Image]], Tensor],
     fingerprint: str,
     folder: Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Features (N, P, D) float16, read-only and memory-mapped; `encode` maps images to (B, P, D) and `fingerprint` identifies it.
 
     A run that was killed goes on where it stopped, and of two processes one computes while the other waits.
-    `on_progress` gets (examples done, N). Raises FeatureError naming unreadable images.
+    `on_progress` gets (examples done, N); the default shows them. Raises FeatureError naming unreadable images.
     """
     if not examples:
         raise FeatureError("no images to compute features of")
@@ -117,6 +118,6 @@ def load_features(
         with final.with_suffix(".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when this process dies
             if not final.exists():
-                _compute(final.with_suffix(".partial"), examples, encode, on_progress)
+                _compute(final.with_suffix(".partial"), examples, encode, on_progress or counter("image features:"))
                 os.replace(final.with_suffix(".partial"), final)
     return np.load(final, mmap_mode="r")

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from ..utils.seeding import seed_of
 
 Side = Literal["a", "b"]
 Number = int | float

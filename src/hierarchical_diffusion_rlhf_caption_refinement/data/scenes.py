@@ -19,7 +19,8 @@ from typing import Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.grammar import (
+from ..utils.seeding import seed_of
+from .grammar import (
     BACKGROUNDS,
     COLOURS,
     NUMBERS,
@@ -36,9 +37,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.grammar import (
     read,
     words_of,
 )
-from hierarchical_diffusion_rlhf_caption_refinement.data.grammar import facts as facts
-from hierarchical_diffusion_rlhf_caption_refinement.data.grammar import vocabulary as vocabulary
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from .grammar import facts as facts
+from .grammar import vocabulary as vocabulary
 
 T = TypeVar("T")
 Split = Literal["train", "val", "test"]

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, find_images, load_image
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import Scene, Split, render, sample_scene, write_caption
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import DataConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from ..utils.config import DataConfig
+from ..utils.seeding import seed_of
+from .images import ImageError, find_images, load_image
+from .scenes import Scene, Split, render, sample_scene, write_caption
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ALIASES: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

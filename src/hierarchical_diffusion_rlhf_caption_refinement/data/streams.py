@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+from ..utils.seeding import generator
 
 T = TypeVar("T")
 

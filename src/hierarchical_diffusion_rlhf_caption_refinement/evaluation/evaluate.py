@@ -12,18 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.features import load_features
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import PretrainedClip
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import Eyes
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
+from ..data.corpus import Corpus
+from ..data.features import load_features
+from ..data.scenes import check
+from ..data.sources import Example
+from ..data.text import decode_rows
+from ..models.alignment import PretrainedClip
+from ..models.denoiser import DiffusionCaptionModel
+from ..models.reward import RewardModel
+from ..models.sampler import Trajectory, noise_for, sample
+from ..models.saved import Eyes
+from ..utils.config import SamplerConfig
+from . import metrics
 
 QUALITIES = ("accuracy", "specificity", "fluency", "utility")
 

@@ -7,26 +7,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import retrieval_ceiling
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import words_and_owners
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
-    build_corpus,
-    data_gold,
-    gold_qualities,
-    interval_row,
-    reference_scores,
-    text_statistics,
-    write_captions,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.report import Sample, WordDetail
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import leave_one_word_out
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, find_reward, load_denoiser, load_reward
-from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config
+from ..data.corpus import Corpus
+from ..data.scenes import retrieval_ceiling
+from ..data.sources import load_examples
+from ..data.text import words_and_owners
+from ..models.alignment import leave_one_word_out
+from ..models.reward import RewardModel
+from ..models.saved import FILES, find_reward, load_denoiser, load_reward
+from ..models.shaping import HierarchicalRewardShaper
+from ..utils.config import Config
+from . import metrics
+from .evaluate import build_corpus, data_gold, gold_qualities, interval_row, reference_scores, text_statistics, write_captions
+from .report import Sample, WordDetail
 
 Row = dict[str, Any]
 TABLES: dict[str, dict[str, str]] = {

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.layers import Block, init_weights
-from hierarchical_diffusion_rlhf_caption_refinement.models.vision import quiet
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import AlignmentConfig
+from ..utils.config import AlignmentConfig
+from .layers import Block, init_weights
+from .vision import quiet
 
 
 @runtime_checkable
@@ -34,15 +34,16 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, max_length
         width = config.width
-        self.wte, self.wpe = nn.Embedding(tokenizer.get_vocab_size(), width), nn.Embedding(max_length, width)
+        bag = config.layers == 0  # a bag of words: no order, and a word counts by the length of its vector
+        self.wte, self.wpe = nn.Embedding(tokenizer.get_vocab_size(), width), None if bag else nn.Embedding(max_length, width)
         self.h = nn.ModuleList(Block(width, config.heads, config.dropout, cross=False) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(width)
+        self.ln_f = nn.Identity() if bag else nn.LayerNorm(width)
         self.text_out = nn.Linear(width, config.embed)
         self.image_in = nn.LayerNorm(image_width)
         self.image_weight = nn.Linear(image_width, 1)
         self.drop = nn.Dropout(config.dropout)
         self.image_out = nn.Linear(2 * image_width, config.embed)
-        init_weights(self, config.layers)
+        init_weights(self, max(config.layers, 1))
         nn.init.xavier_uniform_(self.text_out.weight)
         nn.init.xavier_uniform_(self.image_out.weight)
         self.log_scale = nn.Parameter(torch.tensor(14.0).log())
@@ -56,7 +57,7 @@ class AlignmentModel(nn.Module):
     def read_ids(self, ids: Int[Tensor, "B L"], length: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B L W"], Bool[Tensor, "B L"]]:
         """Contextual word vectors, and which of them are words."""
         valid = torch.arange(ids.shape[1], device=ids.device) < length.clamp(min=1)[:, None]
-        x = self.drop(self.wte(ids) + self.wpe.weight[: ids.shape[1]])
+        x = self.drop(self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if self.wpe else 0))
         mask = valid[:, None].expand(-1, ids.shape[1], -1)
         for block in self.h:
             x, _ = block(x, mask, None)

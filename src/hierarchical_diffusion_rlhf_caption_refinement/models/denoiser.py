@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.layers import Block, KeyValue, init_weights
+from .layers import Block, KeyValue, init_weights
 
 
 class Prediction(NamedTuple):

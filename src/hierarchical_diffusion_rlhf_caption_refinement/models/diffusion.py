@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Order, Schedule
+from ..utils.config import Order, Schedule
 
 HIDDEN = 10_000
 """Step of padding: later than every real step, so no token ever attends to it."""

@@ -16,16 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import (
-    Alignment,
-    creditable,
-    credited_tokens,
-    leave_one_word_out,
-    text_scores,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel, bounded_length_logp
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
-from hierarchical_diffusion_rlhf_caption_refinement.models.layers import Block
+from .alignment import Alignment, creditable, credited_tokens, leave_one_word_out, text_scores
+from .denoiser import DiffusionCaptionModel, bounded_length_logp
+from .diffusion import HIDDEN, valid_positions
+from .layers import Block
 
 QUALITIES = ("total", "accuracy", "fluency", "specificity")
 FEATURES = (

@@ -14,16 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import (
-    HIDDEN,
-    reveal_counts,
-    reveal_ranks,
-    steps_from_ranks,
-    valid_positions,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import SamplerConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+from ..utils.config import SamplerConfig
+from ..utils.seeding import generator
+from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
+from .diffusion import HIDDEN, reveal_counts, reveal_ranks, steps_from_ranks, valid_positions
 
 UNKNOWN = -1
 """Marks the positions that a draft leaves open."""

@@ -7,13 +7,13 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from torch import nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, AlignmentModel, PretrainedClip
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel, Words
-from hierarchical_diffusion_rlhf_caption_refinement.models.vision import PatchEncoder, PretrainedVision, build_vision
-from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
-from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, config_from_plain, to_plain
+from ..utils import checkpoint
+from ..utils.checkpoint import CheckpointError
+from ..utils.config import Config, config_from_plain, to_plain
+from .alignment import Alignment, AlignmentModel, PretrainedClip
+from .denoiser import DiffusionCaptionModel
+from .reward import Evidence, RewardModel, Words
+from .vision import PatchEncoder, PretrainedVision, build_vision
 
 Vision = PatchEncoder | PretrainedVision
 Kind = Literal["alignment", "base", "reward", "rlhf"]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ShapingConfig
+from ..utils.config import ShapingConfig
 
 
 @dataclass(frozen=True)

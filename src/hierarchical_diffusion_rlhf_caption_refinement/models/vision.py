@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import VisionConfig
+from ..utils.config import VisionConfig
 
 BATCH = 4
 """Images per pass of a backbone: on CPU, larger batches are slower, because their buffers are mapped anew at every layer."""

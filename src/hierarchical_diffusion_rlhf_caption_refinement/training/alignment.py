@@ -15,17 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.features import load_features
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
-from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, load_tokenizer, pad
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, recall_at
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_alignment, load_eyes, save_eyes
-from hierarchical_diffusion_rlhf_caption_refinement.models.vision import PatchEncoder, PretrainedVision, build_vision, to_pixels
-from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+from ..data.corpus import Corpus
+from ..data.features import load_features
+from ..data.sources import Example
+from ..data.streams import batch_indices
+from ..data.text import banned_ids, build_tokenizer, load_tokenizer, pad
+from ..models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, recall_at
+from ..models.saved import FILES, Eyes, build_alignment, load_eyes, save_eyes
+from ..models.vision import PatchEncoder, PretrainedVision, build_vision, to_pixels
+from ..utils.seeding import generator, seed_of
+from .engine import Row
+from .run import Run
 
 PCA_IMAGES = 1000
 """Training images that the projection of a frozen backbone is fitted on."""
@@ -45,15 +45,15 @@ class AlignmentTrainee(nn.Module):
     colours and shapes long before the pooled vectors can be told apart; it is dropped after training.
     """
 
-    def __init__(self, alignment: AlignmentModel, vision: PatchEncoder | None, image_width: int) -> None:
+    def __init__(self, alignment: AlignmentModel, vision: PatchEncoder | None, image_width: int, late_interaction: bool = True) -> None:
         super().__init__()
-        self.alignment, self.vision = alignment, vision
+        self.alignment, self.vision, self.late_interaction = alignment, vision, late_interaction
         width = alignment.wte.weight.shape[1]
         self.word_out, self.patch_out = nn.Linear(width, width // 2), nn.Linear(image_width, width // 2)
         self.late_scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, image: Tensor, ids: Int[Tensor, "B L"], length: Int[Tensor, " B"]) -> tuple[Tensor, Tensor]:
-        """(global loss, late-interaction loss) of this process's rows against the columns of all."""
+        """(global loss, late-interaction loss or 0) of this process's rows against the columns of all."""
         tokens = self.vision(image) if self.vision else image
         words, valid = self.alignment.read_ids(ids, length)
         i, t = self.alignment.embed_images(tokens), self.alignment.pool(words, valid)
@@ -61,6 +61,8 @@ class AlignmentTrainee(nn.Module):
         target = torch.arange(len(ids), device=ids.device) + rank * len(ids)
         by_image = contrastive_loss(self.alignment.logits(i, gather(t)), target)
         by_text = contrastive_loss(self.alignment.logits(t, gather(i)), target)
+        if not self.late_interaction:
+            return (by_image + by_text) / 2, by_text.new_zeros(())
         patches = F.normalize(self.patch_out(self.alignment.image_in(tokens)), dim=-1)
         spoken = F.normalize(self.word_out(words), dim=-1) * valid[..., None] / valid.sum(1).sqrt()[:, None, None]
         text_rows = self.late(spoken, gather(patches))
@@ -132,7 +134,7 @@ def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: di
     cfg, trained = run.config.alignment.fit, eyes.vision if isinstance(eyes.vision, PatchEncoder) else None
     data = {split: alignment_inputs(run, eyes, examples[split]) for split in ("train", "val")}
     captions = Corpus(examples["train"], data["train"], torch.empty(0, 0), eyes.tokenizer, run.config.data.max_words).captions
-    trainee = AlignmentTrainee(alignment, trained, eyes.vision.width)
+    trainee = AlignmentTrainee(alignment, trained, eyes.vision.width, run.config.alignment.late_interaction)
     state = run.state("alignment", trainee, cfg)
 
     def make(index: int, rows: list[int], part: slice) -> AlignmentBatch:

@@ -9,18 +9,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import pad
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_summary, reference_scores, write_captions
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import caption_nll, training_steps, valid_positions
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_denoiser, save_denoiser
-from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import shuffled_ids
-from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import BaseConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+from ..data.corpus import Corpus
+from ..data.text import pad
+from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
+from ..models.denoiser import DiffusionCaptionModel
+from ..models.diffusion import caption_nll, training_steps, valid_positions
+from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
+from ..utils.config import BaseConfig
+from ..utils.seeding import generator, seed_of
+from .alignment import shuffled_ids
+from .engine import Row
+from .run import Run
 
+LENGTH_GROUPS = 4
+"""Groups of similar length that a batch is computed in."""
 LENGTH_WEIGHT = 0.1
 """Weight of the length head's cross-entropy beside that of a token."""
 
@@ -33,6 +35,11 @@ class CaptionBatch:
     image: Float[Tensor, "B P F"]
     seen: Bool[Tensor, " B"]
     """False where the image is withheld, to learn the unconditional model too."""
+
+    def rows(self, index: Int[Tensor, " G"]) -> "CaptionBatch":
+        """Some of the captions, without the columns that are padding in all of them."""
+        longest = int(self.length[index].max())
+        return CaptionBatch(self.x0[index, :longest], self.step[index, :longest], self.length[index], self.image[index], self.seen[index])
 
 
 def caption_batch(
@@ -47,7 +54,17 @@ def caption_batch(
 
 
 def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """Nats per token of each caption (words outside the vocabulary do not count), and nats of its length."""
+    """Nats per token of each caption (words outside the vocabulary do not count), and nats of its length.
+
+    The captions are computed in groups of about the same length: the same losses without the columns that are padding in a whole group.
+    """
+    order = batch.length.argsort(stable=True)
+    losses = [_caption_loss(model, batch.rows(group), allowed) for group in order.chunk(LENGTH_GROUPS)]
+    nll, length = (torch.cat(parts)[order.argsort()] for parts in zip(*losses, strict=True))
+    return nll, length
+
+
+def _caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     prediction = model(batch.x0, batch.step, batch.length, batch.image, batch.seen)
     counted = valid_positions(batch.length, batch.x0.shape[1]) & allowed[batch.x0]
     length = F.cross_entropy(prediction.length_logits, batch.length - 1, reduction="none")
@@ -92,8 +109,9 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
 
     batches = run.batches("base", config.base.fit, len(corpora["train"]), make)
     run.fit(
-        "base", state, config.base.fit, len(corpora["train"]), batches, objective, evaluate=evaluate, better=("val_loss", "min"), best=best
-    )
+        "base", state, config.base.fit, len(corpora["train"]), batches, objective,
+        evaluate=evaluate, better=("val_loss", "min"), best=best,
+    )  # fmt: skip
     return path
 
 

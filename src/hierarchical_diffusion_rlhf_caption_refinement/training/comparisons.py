@@ -14,27 +14,22 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.annotators import panel
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
-    Comparison,
-    Rating,
-    ratings_to_comparisons,
-    read_ratings,
-    split_by_image,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import swap_fact
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, pad
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from ..data.annotators import panel
+from ..data.corpus import Corpus
+from ..data.preferences import Comparison, Rating, ratings_to_comparisons, read_ratings, split_by_image
+from ..data.scenes import swap_fact
+from ..data.text import encode, pad
+from ..evaluation.evaluate import write_captions
+from ..models.denoiser import DiffusionCaptionModel
+from ..utils.config import Config, SamplerConfig
+from ..utils.seeding import seed_of
 
 HELD_OUT_PAIRS, TEST_PAIRS = 400, 700
 """Comparisons of scenes for choosing and calibrating, and for the report; each is shown to two raters."""
 LABELS = {"a": 0, "b": 1, "tie": 2, "both_bad": 2}
-PLANS = (SamplerConfig(steps=6, temperature=1.0), SamplerConfig(steps=8, temperature=0.7))
-"""The two ways in which the captions of a pair are drawn, so that comparisons cover what rollouts and readers will see."""
+PLANS = (SamplerConfig(steps=8, temperature=0.7), SamplerConfig(steps=8, temperature=0.2))
+"""The two ways in which the captions of a pair are drawn. Both are close to what rollouts and readers will see: among hotter captions the
+long ones are the wrong ones, and a reward model that learns this makes RLHF collapse to a few words."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, averaged, update_average
-from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.interrupt import Interrupted, deferred_interrupts
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_global
+from ..utils.checkpoint import CheckpointError
+from ..utils.config import FitConfig
+from ..utils.interrupt import Interrupted, deferred_interrupts
+from ..utils.seeding import seed_global
+from .state import TrainState, averaged, update_average
 
 Row = dict[str, Any]
 Metrics = Mapping[str, Tensor | float]

@@ -7,39 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example, load_examples
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import words_and_owners
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, write_captions
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel, Words
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
-    FILES,
-    Eyes,
-    Kind,
-    load_denoiser,
-    load_eyes,
-    load_reward,
-    save_reward,
-    with_config,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import train_alignment
-from hierarchical_diffusion_rlhf_caption_refinement.training.base import train_base
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import rated, simulated
-from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
-    calibrate,
-    examine,
-    fit_ensemble,
-    head_of,
-    smoothing_from,
-    train_reward,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.training.reward_report import reward_report
-from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import train_rlhf
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, Stage
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import write_json
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from ..data.corpus import Corpus
+from ..data.sources import Example, load_examples
+from ..data.text import words_and_owners
+from ..evaluation.evaluate import build_corpus, write_captions
+from ..models.denoiser import DiffusionCaptionModel
+from ..models.reward import Evidence, RewardModel, Words
+from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..utils.config import STAGES, Stage
+from ..utils.runlog import write_json
+from ..utils.seeding import seed_of
+from .alignment import train_alignment
+from .base import train_base
+from .comparisons import rated, simulated
+from .reward import calibrate, examine, fit_ensemble, head_of, smoothing_from, train_reward
+from .reward_report import reward_report
+from .rlhf import train_rlhf
+from .run import Run
 
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""

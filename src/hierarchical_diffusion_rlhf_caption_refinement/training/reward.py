@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, QUALITIES, Evidence, RewardModel, davidson_logits
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs
-from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import RewardConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+from ..models.diffusion import valid_positions
+from ..models.reward import FEATURES, QUALITIES, Evidence, RewardModel, davidson_logits
+from ..utils.config import RewardConfig
+from ..utils.seeding import generator, seed_of
+from .comparisons import Pairs
+from .engine import Row
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,21 @@ def train_reward(run: Run, evidence: Evidence, train: Examined, val: Examined, s
     reward = RewardModel(evidence, config.members, config.reader_layers if config.reader else 0, config.pessimism).to(run.device)
     with torch.no_grad():
         fit_ensemble(reward, train, config, smoothing, seed)
-    linear = score_head(reward, val)
-    if not config.reader:
-        return reward.eval().requires_grad_(False), {
-            "reader": False,
-            "linear_val_loss": linear["loss"],
-            "linear_val_accuracy": linear["accuracy"],
-        }
+    linear = held_out_losses(reward, val)  # an untrained reader adds nothing
+    facts: Row = {"reader": False, "linear_val_loss": float(linear.mean()), "linear_val_accuracy": score_head(reward, val)["accuracy"]}
+    if config.reader:
+        best = train_reader(run, reward, train, val, smoothing)
+        gain = linear - held_out_losses(reward, val)
+        clear = float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain))
+        if not clear:
+            reward.readers = nn.ModuleList()
+        facts |= {"reader": clear, "reader_val_loss": best, "reader_gain": float(gain.mean())}
+    return reward.eval().requires_grad_(False), facts
+
+
+def train_reader(run: Run, reward: RewardModel, train: Examined, val: Examined, smoothing: float) -> float | None:
+    """Train the readers on top of the linear head and leave the weights with the lowest held-out loss, which is returned."""
+    config, seed = run.config.reward, run.config.seed
     state = run.state("reward", reward, config.fit, {"best_reader": {}})
     weights, target = member_weights(train.pairs.rows, config.members, seed), targets(train.pairs.label, smoothing)
 
@@ -182,9 +190,8 @@ def train_reward(run: Run, evidence: Evidence, train: Examined, val: Examined, s
         logp = davidson_logits(margin, reward.tie[:, None, None]).log_softmax(-1)
         nll = -(logp * target[rows.cpu()][None, :, None].to(logp.device)).sum(-1)  # (M, B, Q)
         counted = (weights[:, rows.cpu(), None] * train.pairs.reasons[rows.cpu()][None]).to(nll.device)
-        return (nll * counted).mean(), {
-            "accuracy": decided_accuracy(margin[..., 0].mean(0).cpu(), train.pairs.label[rows.cpu()]).mean().nan_to_num()
-        }
+        accuracy = decided_accuracy(margin[..., 0].mean(0).cpu(), train.pairs.label[rows.cpu()]).mean().nan_to_num()
+        return (nll * counted).mean(), {"accuracy": accuracy}
 
     def best(model: nn.Module, row: Row) -> None:
         state.extra["best_reader"] = {name: value.detach().clone() for name, value in reward.readers.state_dict().items()}
@@ -196,22 +203,17 @@ def train_reward(run: Run, evidence: Evidence, train: Examined, val: Examined, s
         "reward", state, config.fit, len(train), run.batches("reward", config.fit, len(train), rows_of), objective,
         evaluate=lambda model: score_head(cast(RewardModel, model), val), better=("val_loss", "min"), best=best,
     )  # fmt: skip
-    use_reader = state.best is not None and state.best < linear["loss"]
-    if use_reader:
+    if state.extra["best_reader"]:
         reward.readers.load_state_dict(state.extra["best_reader"])
-    else:
-        reward.readers = nn.ModuleList()
-    facts = {
-        "reader": use_reader,
-        "linear_val_loss": linear["loss"],
-        "linear_val_accuracy": linear["accuracy"],
-        "reader_val_loss": state.best,
-    }
-    return reward.eval().requires_grad_(False), facts
+    return state.best
+
+
+def held_out_losses(reward: RewardModel, data: Examined) -> Float[Tensor, " n"]:
+    """Nats of each choice, ties included, under the ensemble's mean."""
+    return pair_nll(mean_margin(reward, data), data.pairs.label, reward.tie.mean().cpu())
 
 
 def score_head(reward: RewardModel, data: Examined) -> dict[str, float]:
     """Held-out loss (nats per pair, ties included) and accuracy on decided pairs of the ensemble's mean."""
-    margin = mean_margin(reward, data)
-    accuracy = decided_accuracy(margin, data.pairs.label)
-    return {"loss": float(pair_nll(margin, data.pairs.label, reward.tie.mean().cpu()).mean()), "accuracy": float(accuracy.mean())}
+    accuracy = decided_accuracy(mean_margin(reward, data), data.pairs.label)
+    return {"loss": float(held_out_losses(reward, data).mean()), "accuracy": float(accuracy.mean())}

@@ -11,24 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import interval_row
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import BLIND, FEATURES, RewardModel
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Judgements, Pairs
-from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
-    Examined,
-    decided_accuracy,
-    examine,
-    fit_ensemble,
-    fit_linear,
-    head_of,
-    mean_margin,
-    smoothing_from,
-    targets,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import RewardConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+from ..data.scenes import check
+from ..evaluation import metrics
+from ..evaluation.evaluate import interval_row
+from ..models.reward import BLIND, FEATURES, RewardModel
+from ..utils.config import RewardConfig
+from ..utils.seeding import generator
+from .comparisons import Judgements, Pairs
+from .reward import Examined, decided_accuracy, examine, fit_ensemble, fit_linear, head_of, mean_margin, smoothing_from, targets
 
 
 def accuracy_row(margin: Float[Tensor, " n"], pairs: Pairs) -> dict[str, float]:

@@ -13,35 +13,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
-from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_of, text_statistics, write_captions
-from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import RewardModel, Words
-from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Score, Trajectory, noise_for, sample, score
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, build_denoiser, save_denoiser
-from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import (
-    Dense,
-    HierarchicalRewardShaper,
-    Scales,
-    Shaped,
-    dense_from_potential,
-    dense_from_words,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.training.base import (
-    LENGTH_WEIGHT,
-    CaptionBatch,
-    caption_batch,
-    caption_loss,
-    validation_loss,
-)
-from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Row
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
-from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
+from ..data.corpus import Corpus
+from ..data.streams import batch_indices, share
+from ..evaluation.evaluate import gold_of, text_statistics, write_captions
+from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential
+from ..models.denoiser import DiffusionCaptionModel
+from ..models.diffusion import HIDDEN
+from ..models.reward import RewardModel, Words
+from ..models.sampler import Score, Trajectory, noise_for, sample, score
+from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
+from ..models.shaping import Dense, HierarchicalRewardShaper, Scales, Shaped, dense_from_potential, dense_from_words
+from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
+from ..utils.seeding import generator
+from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, validation_loss
+from .engine import Row
+from .run import Run
+from .state import TrainState
 
 SCALE_DECAY = 0.9
 """Decay of the running scales of the two rewards, per rollout."""
@@ -159,8 +146,7 @@ class Trainer:
         inner = self.config.rlhf.inner_updates
         index = start // inner
         while True:
-            with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1
-                rollout = self.roll(index)
+            rollout = self.roll(index)
             for _ in range(inner):
                 yield rollout
             index += 1
@@ -186,14 +172,15 @@ class Trainer:
     def roll(self, index: int) -> Rollout:
         """Sample, reward, shape."""
         config, group = self.config.rlhf, self.config.rlhf.group
-        t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index))
+        with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1; rewards stay exact
+            t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index))
+            base = score(self.reference, t.x0, t.step, t.length, image, config.temperature)
         sparse = self.reward.score(t.x0, t.length, image, joint)
         dense = self.dense(t, joint.repeat_interleave(group, 0))
         shaper = HierarchicalRewardShaper(self.config.shaping)
         scales = self.update_scales(*shaper.squares(dense, sparse, t.step, group))
         mean, std = self.extra["confidence"]
         shaped = shaper(dense, sparse, (log_odds(t.confidence) - mean) / std, t.step, group, scales)
-        base = score(self.reference, t.x0, t.step, t.length, image, config.temperature)
         anchor = None
         if config.anchor:
             g = generator(self.config.seed, "anchor", index)

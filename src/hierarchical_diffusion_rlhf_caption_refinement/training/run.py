@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share, stream
-from hierarchical_diffusion_rlhf_caption_refinement.training.engine import Better, Evaluate, Objective, Row, Stop, fit
-from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, make_optimizer
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, FitConfig, Stage
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
+from ..data.streams import batch_indices, share, stream
+from ..utils.config import Config, FitConfig, Stage
+from ..utils.runlog import RunLog
+from .engine import Better, Evaluate, Objective, Row, Stop, fit
+from .state import TrainState, make_optimizer
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
-from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig
+from ..utils import checkpoint
+from ..utils.checkpoint import CheckpointError
+from ..utils.config import FitConfig
 
 
 @dataclass

@@ -116,12 +116,14 @@ class AlignmentConfig:
     """Hugging Face CLIPModel id or directory; empty: train our own towers on the captions."""
     width: int = 128
     layers: int = 1
-    """Transformer layers of the text tower."""
+    """Transformer layers of the text tower; 0 reads a caption as a bag of words."""
     heads: int = 4
     embed: int = 128
     """Width of the joint embedding space."""
+    late_interaction: bool = True
+    """Compare every word with every image token, too, while training: what an image encoder trained here needs to start at all."""
     dropout: float = 0.0
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, batch_size=128, lr=1e-3))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "alignment.width must be a multiple of alignment.heads")
@@ -141,7 +143,7 @@ class BaseConfig:
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, batch_size=128, lr=2e-3, ema_decay=0.99))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
@@ -191,7 +193,7 @@ class RewardConfig:
     pessimism: float = 0.5
     """The reward is the ensemble's mean minus this many standard deviations."""
     reader: bool = True
-    """Also try the transformer reader on top of the linear head; held-out likelihood decides whether it stays."""
+    """Also try the transformer reader on top of the linear head; it stays if held-out likelihood gains two standard errors."""
     reader_layers: int = 1
     """Blocks of the reader, started from the denoiser's last ones."""
     l2: float = 0.01
@@ -246,7 +248,7 @@ class RLHFConfig:
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
     """Weight of the base objective on reference captions."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, epoch_size=400, batch_size=16, lr=3e-4, decay="constant"))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, epoch_size=400, batch_size=16, lr=3e-4, ema_decay=0.9))
 
     def __post_init__(self) -> None:
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")

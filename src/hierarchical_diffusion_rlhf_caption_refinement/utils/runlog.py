@@ -108,6 +108,19 @@ class Progress:
         self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False, highlight=False)
 
 
+def counter(what: str) -> Callable[[int, int], None]:
+    """(done, total) -> shown on stderr: one line that counts on a terminal, elsewhere a line for every tenth; nothing below 500."""
+    console, tenths = Console(stderr=True), -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal tenths
+        before, tenths = tenths, 10 * done // max(total, 1)
+        if total >= 500 and (console.is_terminal or tenths > before):
+            console.print(f"{what} {done} of {total}", end="\r" if console.is_terminal and done < total else "\n", highlight=False)
+
+    return show
+
+
 def _brief(row: Row, shown: Sequence[str], room: int) -> str:
     """As many of the `shown` metrics as fit into `room` characters."""
     text = ""
