@@ -184,7 +184,7 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
     step, spent, curve, best = 0, 0.0, [], {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     while spent < 60 * minutes:
-        started, share = time.perf_counter(), spent / (60 * minutes)
+        started, share = time.process_time(), spent / (60 * minutes)
         for group in optimizer.param_groups:
             group["lr"] = fit.lr * min(share / fit.warmup + 0.01, 0.5 * (1 + math.cos(math.pi * share)))
         torch.manual_seed(seed_of(config.seed, "micro-batch", step))
@@ -198,11 +198,11 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
         optimizer.zero_grad()
         step += 1
         update_average(ema, model, step, fit.ema_decay)
-        spent += time.perf_counter() - started
+        spent += time.process_time() - started
         if spent >= 60 * minutes * (len(curve) + 1) / CHECKS:
             with averaged(model, ema):
                 model.eval()
-                found = {"step": step, "seconds": spent, "loss": float(loss)} | judge(model, corpora["val"], plan, 400)
+                found = {"step": step, "seconds": spent, "loss": float(loss.detach())} | judge(model, corpora["val"], plan, 400)
             model.train()
             curve.append(found)
             print(json.dumps(found), flush=True)
@@ -216,7 +216,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--peer", choices=PEERS, required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training, without the looks at validation captions")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        required=True,
+        help="processor minutes of training, without the looks at validation captions: other work beside it does not count",
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()

@@ -1,15 +1,22 @@
 """The library face: paths or pictures in, captions out."""
 
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, content_key
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, Wishes, content_key
 from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, said
+from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import layouts
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import build_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError, SamplerConfig
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,54 @@ def test_without_a_reward_model(smoke, scenes, tmp_path):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"best_rlhf_model\.pt: No such file"):
         Captioner.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def speller(captioner) -> Captioner:
+    """A captioner whose words have several tokens, with random weights."""
+    captions = ["there is a small red circle above two large green hearts on water", "a purple triangle left of an orange star on slate"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=300, show_progress=False, initial_alphabet=alphabet))
+    torch.manual_seed(0)
+    odd = [i for i in range(tokenizer.get_vocab_size()) if not re.fullmatch(r" ?[a-z]+", tokenizer.decode([i]))]
+    eyes = replace(captioner.eyes, tokenizer=tokenizer, banned=tuple(odd))
+    return Captioner(eyes, build_denoiser(eyes), None, SamplerConfig(steps=4))
+
+
+def test_subword_models_obey_in_words(speller, scenes):
+    def texts(**wishes) -> list[str]:
+        return [c.text for c in speller(scenes, wishes=Wishes(**wishes))]
+
+    free = texts()
+    assert all(len(text.split()) < 15 for text in free) and len(encode(speller.eyes.tokenizer, ["zebra crossing"])[0]) > 4
+    assert all(3 <= len(text.split()) <= 4 for text in texts(min_words=3, max_words=4))
+    assert all("zebra crossing" in " ".join(said(text)) for text in texts(must_include=("zebra crossing",)))
+    assert all(re.fullmatch(r"a zebra .+ on .+", text) for text in texts(template="a zebra [MASK] on [MASK]"))
+    words = {word for text in free for word in said(text)}
+    assert not any(words & set(said(text)) for text in texts(ban=tuple(sorted(words))))
+
+
+def test_wishes_in_the_library(captioner, scenes):
+    wishes = Wishes(must_include=("green circle",), max_words=5, prefix="sks ", suffix=".")
+    found = captioner(scenes, wishes=wishes)
+    assert all(re.fullmatch(r"sks .*\bgreen circle\b.*\.", c.text) and len(c.tokens) <= 5 for c in found)
+    assert [captioner(s, wishes=wishes)[0].text for s in scenes] == [c.text for c in found]
+    free = captioner(scenes)
+    assert captioner(scenes[0], wishes=Wishes(must_include=(free[0].text,)))[0].text == free[0].text
+
+
+def test_frames_and_layouts_by_hand():
+    wishes = Wishes(template="A dog [MASK] on [MASK] [MASK].")
+    assert [
+        wishes.obeyed_by(t) for t in ("a dog sits on the red mat", "a dog on the mat", "a dog sits on mat", "A dog, sits on the mat")
+    ] == [True, False, False, True]
+    assert layouts(4, [([7], [8]), None], []) == [[7, -1, -1, -1]]
+    assert sorted(layouts(4, [None, ([7], [8]), None], [])) == [[-1, -1, 8, -1], [-1, 8, -1, -1]]
+    assert layouts(3, [None], [([1, 2], [3, 4])]) == [[1, 2, -1], [-1, 3, 4]]
+    assert layouts(2, [None], [([1], [1]), ([2], [2])]) == [[1, 2], [2, 1]]
+    assert layouts(2, [([7], [8]), None, None], []) == [] and layouts(1, [None], [([1, 2], [1, 2])]) == []
+    many = layouts(60, [None, ([5], [5])] * 5, [])
+    assert len(many) == 960 and all(len(row) == 60 and row.count(5) == 5 and row[-1] == 5 for row in many)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -32,6 +33,7 @@ def predict(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def listed(predict, names, *more: str) -> tuple[int, list[dict]]:
     Path("images.txt").write_text("\n".join(map(str, names)) + "\n")
+    Path("predictions.json.log.jsonl").unlink(missing_ok=True)
     code = predict("--image-list", "images.txt", "--output", "predictions.json", *more)
     return code, json.loads(Path("predictions.json").read_text())
 
@@ -158,6 +160,99 @@ def test_settings_of_the_sampler(predict, pictures):
 def test_settings_that_do_not_exist_or_fit(predict, pictures, capsys, setting, line):
     assert predict("--image-url", str(pictures / "0.png"), setting) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+OPEN = "[MASK]"
+
+
+def texts(rows) -> list[str]:
+    return [row["caption"] for row in rows]
+
+
+def test_arguments_are_images_or_settings(predict, pictures):
+    photo = Path("steps=9.png")
+    photo.write_bytes((pictures / "1.png").read_bytes())
+    assert predict(str(pictures / "0.png"), "steps=1", str(photo), "--output", "a.json", "max_words=3") == 0
+    rows = json.loads(Path("a.json").read_text())
+    assert [row["image"] for row in rows] == [str(pictures / "0.png"), "steps=9.png"]
+    assert all(token["step"] == 1 for row in rows for token in row["tokens"]) and all(len(row["tokens"]) <= 3 for row in rows)
+
+
+def test_no_images_is_wrong_usage(predict):
+    with pytest.raises(SystemExit) as stopped:
+        predict("steps=4")
+    assert stopped.value.code == 2
+
+
+def test_flags_are_settings_by_another_name(predict, pictures):
+    names = [pictures / f"{i}.png" for i in range(3)]
+    flags = listed(predict, names, "--steps", "2", "--threshold", "0.1", "--candidates", "4")[1]
+    assert flags == listed(predict, names, "steps=2", "threshold=0.1", "candidates=4", "temperature=0.5")[1]
+    assert flags != listed(predict, names, "--steps", "2", "--threshold", "0.1", "--candidates", "4", "temperature=1")[1]
+
+
+def test_words_are_bounded_included_and_banned(predict, pictures):
+    names = [pictures / f"{i}.png" for i in range(7)]
+    for low, high in ((1, 3), (6, 6), (9, 12)):
+        found = listed(predict, names, "--min-words", str(low), "--max-words", str(high))[1]
+        assert all(low <= len(text.split()) <= high for text in texts(found))
+    free = texts(listed(predict, names)[1])
+    found = texts(listed(predict, names, "--must-include", "Green circle!", "--must-include", "on water")[1])
+    assert all("green circle" in text and "on water" in text for text in found)
+    common = max({w for t in free for w in t.split()}, key=lambda w: sum(w in t.split() for t in free))
+    found = texts(listed(predict, names, "--ban", common.upper(), "--ban", "no-such-word", "temperature=1", "remask=2")[1])
+    assert not any(common in text.split() for text in found)
+    pair = " ".join(free[0].split()[:2])
+    found = texts(listed(predict, names, "--ban", pair)[1])
+    assert not any(f" {pair} " in f" {text} " for text in found) and found[0] != free[0]
+    found = texts(listed(predict, names, "--must-include", "two", "--ban", "a", "--max-words", "5", "--candidates", "2")[1])
+    assert all("two" in t.split() and "a" not in t.split() and len(t.split()) <= 5 for t in found)
+
+
+@pytest.mark.parametrize(
+    ("template", "pattern"),
+    [
+        (f"there is {OPEN} on {OPEN}", r"there is \w+( \w+)* on \w+( \w+)*"),
+        (f"{OPEN} and {OPEN} circle", r"\w+( \w+)* and \w+( \w+)* circle"),
+        (f"A green {OPEN} {OPEN} .", r"a green( \w+){2,}"),
+    ],
+)
+def test_templates_keep_their_words(predict, pictures, template, pattern):
+    found = texts(
+        listed(predict, [pictures / f"{i}.png" for i in range(5)], "--template", template, "--prefix", "sks, ", "--suffix", "!")[1]
+    )
+    assert all(re.fullmatch(f"sks, {pattern}!", text) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("wish", "line"),
+    [
+        (["--must-include", "a purpel dog"], "'purpel' is not among the "),
+        (["--template", "a photo"], "the template 'a photo' leaves nothing open: write [MASK] where words are missing"),
+        (["--ban", "red", "--must-include", "red circle"], "'red' is banned and asked for at once"),
+        (["--min-words", "99"], "a caption has at most 20 tokens, not 99"),
+        (
+            ["--must-include", "red circle", "--max-words", "1"],
+            "the given words and what is between them take 3 tokens, a caption has at most 1",
+        ),
+        (["--min-words", "5", "--max-words", "4"], "5 to 4 words cannot be: at least 1, and not more than at most"),
+        (["--shard", "3/2"], "--shard 3/2: expected I/N with I from 1 to N"),
+        (["--existing", "append", "--output", "x.csv"], "--existing append is for text files (--format txt); a table is always made anew"),
+        (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),
+        (["--output", "x.json", "--format", "coco", "@list"], "photo.jpg: its name does not end in a number, the COCO id"),
+        (["nothing/*.png"], "nothing/*.png: no image in it"),
+    ],
+)
+def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):
+    Path("list").write_text(f"{pictures / 'photo.jpg'}\n")
+    assert predict(str(pictures / "0.png"), *wish) == 2
+    (found,) = capsys.readouterr().err.splitlines()
+    assert line in found
+
+
+def test_unknown_words_come_with_near_ones(predict, pictures, capsys):
+    predict(str(pictures / "0.png"), "--must-include", "purpel")
+    assert "near are: purple" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--image-list", "x"], ["--model-type", "reward"]])

@@ -1,23 +1,102 @@
 """The five-line library face: `Captioner.from_pretrained("models")("photo.jpg")[0].text`."""
 
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from .data.images import load_image
-from .data.text import decode, words_and_owners
-from .evaluation.evaluate import best_candidates
+from .data.text import contains, decode, decode_rows, said, spell, spellings, unknown_id, words_and_owners
+from .evaluation.evaluate import best_candidates, pick
 from .models.alignment import PretrainedClip
 from .models.denoiser import DiffusionCaptionModel
+from .models.diffusion import HIDDEN
 from .models.reward import RewardModel
-from .models.sampler import Trajectory, noise_for, sample
+from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, sample, thin
 from .models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
-from .utils.config import SamplerConfig
+from .utils.config import ConfigError, SamplerConfig
+
+MASK = "[MASK]"
+NEAR = 2
+"""Tokens by which a caption with given words may first differ in length from the free one."""
+
+
+class ObedienceError(ValueError):
+    """An image for which no caption was found that obeys; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What every caption has to obey. Case and punctuation do not matter."""
+
+    must_include: tuple[str, ...] = ()
+    """Words or phrases."""
+    ban: tuple[str, ...] = ()
+    """Words or phrases that do not occur."""
+    template: str = ""
+    """The whole caption; each [MASK] stands for one or more words, as many as are likeliest."""
+    min_words: int = 1
+    max_words: int = 0
+    """Bounds on the words; 0 means none."""
+    prefix: str = ""
+    suffix: str = ""
+    """Put around the caption as they are; they do not count for anything above."""
+
+    def __post_init__(self) -> None:
+        given = [said(text) for text in (*self.must_include, *self.template.split(MASK))]
+        banned = [text for text in self.ban if any(contains(words, said(text)) for words in given)]
+        if banned:
+            raise ConfigError(f"'{banned[0]}' is banned and asked for at once")
+        if self.template and MASK not in self.template:
+            raise ConfigError(f"the template '{self.template}' leaves nothing open: write {MASK} where words are missing")
+        if self.min_words < 1 or 0 < self.max_words < self.min_words:
+            raise ConfigError(f"{self.min_words} to {self.max_words} words cannot be: at least 1, and not more than at most")
+        if not all(map(said, (*self.must_include, *self.ban))):
+            raise ConfigError("what must be included or is banned needs a word")
+
+    def obeyed_by(self, text: str) -> bool:
+        words = said(text)
+        fits = self.min_words <= len(words) <= (self.max_words or len(words))
+        included = all(contains(words, said(phrase)) for phrase in self.must_include)
+        return fits and included and not any(contains(words, said(b)) for b in self.ban) and bool(self.frame.fullmatch(" ".join(words)))
+
+    @cached_property
+    def parts(self) -> list[str | None]:
+        """The template's given parts, None for each [MASK]."""
+        pieces = re.split(r"(\[MASK\])", self.template or MASK)
+        return [None if piece == MASK else piece for piece in pieces if piece == MASK or said(piece)]
+
+    @cached_property
+    def frame(self) -> re.Pattern[str]:
+        return re.compile(" ".join(r"\S+(?: \S+)*" if part is None else re.escape(" ".join(said(part))) for part in self.parts))
+
+
+FREE = Wishes()
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Wishes in a model's tokens."""
+
+    parts: list[Given | None]
+    phrases: list[Given]
+    banned: Tensor | None
+    """(V,) bool: tokens that alone are a banned word."""
+    strict: Tensor | None
+    """The same, and the last token of every banned phrase."""
+
+    @property
+    def given(self) -> int:
+        """The fewest tokens of a caption."""
+        return sum(1 if part is None else len(part[1]) for part in self.parts) + sum(len(phrase[1]) for phrase in self.phrases)
 
 
 @dataclass(frozen=True)
@@ -40,11 +119,23 @@ class Caption:
     seed: int
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture, as the models see it."""
+
+    key: str
+    tokens: Tensor
+    """(1, P, F)"""
+    joint: Tensor | None
+    """(1, E), for the reward"""
+
+
 class Captioner:
     """A trained model that captions images. The same image, seed and settings give the same caption, whatever else is in the batch."""
 
     def __init__(self, eyes: Eyes, model: DiffusionCaptionModel, reward: RewardModel | None, plan: SamplerConfig) -> None:
         self.eyes, self.model, self.reward, self.plan = eyes, model.eval(), reward, plan
+        self.orders = lru_cache(maxsize=8)(self.spelled)
         if isinstance(eyes.vision, torch.nn.Module):
             eyes.vision.eval()
 
@@ -60,31 +151,126 @@ class Captioner:
         reward = load_reward(found, words_and_owners(eyes.tokenizer))[0].to(device) if found else None
         return cls(eyes, model.to(device), reward, eyes.config.sampler)
 
-    def __call__(self, images: str | Path | Image | Sequence[str | Path | Image], seed: int = 0, **settings: object) -> list[Caption]:
+    def __call__(
+        self, images: str | Path | Image | Sequence[str | Path | Image], seed: int = 0, wishes: Wishes = FREE, **settings: object
+    ) -> list[Caption]:
         """A caption per image (path or picture); `settings` are fields of SamplerConfig, e.g. steps=4, max_words=8.
 
-        Raises ImageError for an image that cannot be read, ConfigError for settings that cannot be.
+        Raises ImageError for an image that cannot be read, ConfigError for settings and wishes that cannot be, ObedienceError if no caption
+        was found that obeys.
         """
         several = [images] if isinstance(images, str | Path | Image) else list(images)
         if not several:
             return []
-        pictures = [image if isinstance(image, Image) else load_image(image) for image in several]
-        return self.caption(pictures, replace(self.plan, **settings), seed)  # type: ignore[arg-type]
+        seen = [self.look(image if isinstance(image, Image) else load_image(image)) for image in several]
+        found = self.write(seen, replace(self.plan, **settings), seed, wishes)  # type: ignore[arg-type]
+        for caption in found:
+            if isinstance(caption, ObedienceError):
+                raise caption
+        return [caption for caption in found if isinstance(caption, Caption)]
 
     @torch.no_grad()
-    def caption(self, pictures: Sequence[Image], plan: SamplerConfig, seed: int) -> list[Caption]:
-        device = self.model.mask.device
-        tokens = self.eyes.vision.encode(list(pictures)).to(torch.float16).float().to(device)  # as the feature cache keeps them
-        noise = noise_for([content_key(p) for p in pictures], plan.candidates, plan.steps, self.model.max_length, seed).to(device)
-        written = sample(self.model, tokens, plan, noise)
-        score = None
+    def look(self, picture: Image) -> Seen:
+        """What the models see of a picture; alone, so that it is the same in every company."""
+        tokens = self.eyes.vision.encode([picture]).to(torch.float16).float().to(self.model.mask.device)  # as the feature cache keeps them
+        joint = None
         if self.reward is not None:
             alignment = self.reward.evidence.alignment
-            seen = alignment.encode(pictures) if isinstance(alignment, PretrainedClip) else tokens
-            score = self.reward.score(written.x0, written.length, tokens, alignment.embed_images(seen))
-        if plan.candidates > 1:
-            written, score = best_candidates(written, score, plan.candidates)
-        return [self.describe(written, i, float(score[i]) if score is not None else None, seed) for i in range(len(pictures))]
+            joint = alignment.embed_images(alignment.encode([picture]) if isinstance(alignment, PretrainedClip) else tokens)
+        return Seen(content_key(picture), tokens, joint)
+
+    def write(self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, wishes: Wishes = FREE) -> list[Caption | ObedienceError]:
+        """A caption per picture, or why there is none. Raises ConfigError for wishes that the model cannot fulfil."""
+        plan, orders = self.bounded(plan, wishes), self.orders(wishes)
+        if orders.given > (most := min(plan.max_words or self.model.max_length, self.model.max_length)):
+            raise ConfigError(f"the given words and what is between them take {orders.given} tokens, a caption has at most {most}")
+        if not seen:
+            return []
+        written, score = self.draw(seen, plan, seed, None, orders.banned)
+        found: list[Caption | ObedienceError] = []
+        for i, one in enumerate(seen):
+            caption: Caption | ObedienceError = self.describe(written, i, float(score[i]) if score is not None else None, seed)
+            if not wishes.obeyed_by(caption.text):
+                caption = self.search(one, plan, seed, wishes, int(written.length[i]))
+            found.append(
+                replace(caption, text=f"{wishes.prefix}{caption.text}{wishes.suffix}") if isinstance(caption, Caption) else caption
+            )
+        return found
+
+    @torch.no_grad()
+    def draw(
+        self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, known: Tensor | None, banned: Tensor | None
+    ) -> tuple[Trajectory, Tensor | None]:
+        """Captions of each picture, the best of every `plan.candidates` by reward, and their rewards; `known`: drafts, as in `sample`."""
+        device, group = self.model.mask.device, plan.candidates * (1 if known is None else len(known))
+        noise = noise_for([s.key for s in seen], group, plan.steps, self.model.max_length, seed).to(device)
+        drafts = None if known is None else known.to(device).repeat_interleave(plan.candidates, 0)
+        tokens = torch.cat([s.tokens for s in seen])
+        written = sample(self.model, tokens, plan, noise, drafts, banned=banned)
+        joint = [s.joint for s in seen if s.joint is not None]
+        score = self.reward.score(written.x0, written.length, tokens, torch.cat(joint)) if self.reward and joint else None
+        return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
+
+    def search(self, seen: Seen, plan: SamplerConfig, seed: int, wishes: Wishes, length: int) -> Caption | ObedienceError:
+        """Of captions with the given words at every place, one that obeys and has the highest reward (likelihood, without a reward model).
+
+        Lengths near the free caption's come first, many draws at temperature 1 last; banned phrases are masked only where they must be.
+        """
+        orders, width = self.orders(wishes), self.model.max_length
+        every = range(plan.min_words, min(plan.max_words or width, width) + 1)
+        near = [n for n in every if abs(n - length) <= NEAR]
+        bold = replace(plan, temperature=max(plan.temperature, 1.0))
+        for lengths, banned, how in (
+            (near, orders.banned, plan), (near, orders.strict, plan), (every, orders.strict, plan), (every, orders.strict, bold),
+        ):  # fmt: skip
+            rows = thin([row for n in lengths for row in layouts(n, orders.parts, orders.phrases)])
+            if not rows:
+                continue
+            rows *= LAYOUTS // len(rows) if how is bold else 1
+            known = torch.tensor([row + [HIDDEN] * (width - len(row)) for row in rows])
+            written, score = self.draw([seen], how, seed, known, banned)
+            texts = decode_rows(self.eyes.tokenizer, written.x0, written.length)
+            if good := [i for i, text in enumerate(texts) if wishes.obeyed_by(text)]:
+                written, score = pick(written, torch.tensor(good)), None if score is None else score[good]
+                chosen = likelihood(self.model, written.x0, written.length, seen.tokens) if score is None else score
+                best = int(chosen.argmax())
+                return self.describe(written, best, None if score is None else float(score[best]), seed)
+        return ObedienceError("no caption was found that obeys all of what is asked for")
+
+    def bounded(self, plan: SamplerConfig, wishes: Wishes) -> SamplerConfig:
+        """The plan within the wished bounds: exactly where a token is a word, else as far as words bound tokens (each has one or more)."""
+        high = wishes.max_words if unknown_id(self.eyes.tokenizer) >= 0 else 0
+        low = max(plan.min_words, wishes.min_words)
+        if low > self.model.max_length:
+            raise ConfigError(f"a caption has at most {self.model.max_length} tokens, not {low}")
+        return replace(plan, min_words=low, max_words=min(high or plan.max_words, plan.max_words or high))
+
+    def spelled(self, wishes: Wishes) -> Orders:
+        """Raises ConfigError for a word that the model does not know."""
+        tokenizer = self.eyes.tokenizer
+        texts = {tuple(said(text)): text for text in (*wishes.must_include, *(part for part in wishes.parts if part))}
+        phrases = {tuple(said(text)): text for text in wishes.must_include}
+        loose = [text for words, text in phrases.items() if sum(contains(other, words) for other in texts) == 1]
+
+        def given(text: str) -> Given:
+            return spell(tokenizer, text, True), spell(tokenizer, text, False)
+
+        alone = {i for text in wishes.ban if len(said(text)) == 1 for i in spellings(tokenizer, said(text)[0])}
+        last = alone.copy()
+        for text in wishes.ban:
+            with contextlib.suppress(ConfigError):  # what the model does not know it never says
+                last |= {ids[-1] for ids in given(text)}
+        allowed = self.model.allowed
+        masks = [
+            torch.isin(torch.arange(len(allowed), device=allowed.device), torch.tensor(sorted(ids), device=allowed.device))
+            for ids in (alone, last)
+        ]
+        if wishes.ban and not (allowed & ~masks[0]).any():
+            raise ConfigError("every word that the model knows is banned")
+        banned, strict = masks if wishes.ban else (None, None)
+        if strict is not None and not (allowed & ~strict).any():
+            strict = banned
+        return Orders([None if part is None else given(part) for part in wishes.parts], [given(text) for text in loose], banned, strict)
 
     def describe(self, written: Trajectory, row: int, reward: float | None, seed: int) -> Caption:
         n = int(written.length[row])

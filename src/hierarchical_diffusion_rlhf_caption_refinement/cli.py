@@ -3,22 +3,25 @@
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from .utils.config import STAGES, Config, ConfigError, SamplerConfig, Stage, load_config, to_plain
+from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
 from .utils.interrupt import Interrupted
 from .utils.runlog import RunLog, write_json
 
 CACHE = Path("cache")
 FRESH = 4
 """New images that `train` captions at its end."""
+DRAWN = 0.5
+"""Temperature at which `predict --candidates` draws: RLHF's own."""
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -158,6 +161,8 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from .evaluation.java_metrics import java_scores
+    from .evaluation.metrics import tokenize
     from .evaluation.report import write_report
     from .evaluation.summary import evaluate_checkpoint, samples, win_rate
     from .models.saved import captioner_kind, load_denoiser
@@ -171,6 +176,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         other = evaluate_checkpoint(args.compare, captioner_kind(args.compare), config, CACHE)
         names[str(args.compare)] = other
         summary["win_rate"] = win_rate(main, other)
+    for found in (e for e in names.values() if not e.gold):
+        references = [[tokenize(r) for r in example.captions] for example in found.corpus.examples]
+        found.metrics["references"] |= java_scores([tokenize(c) for c in found.captions], references)
     summary |= {
         "evaluation": {name: e.metrics for name, e in names.items()},
         "captions": {e.key: c for e, c in zip(main.corpus.examples, main.captions, strict=True)},
@@ -179,8 +187,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     summary[kind] = {("rlhf", "base")[i]: e.metrics[kind] for i, e in enumerate(names.values())}
     folder = args.output or config.results / f"evaluation_{args.model_type}"
     write_json(folder / "evaluation.json", summary)
-    found = {("rlhf", "base")[i]: e for i, e in enumerate(names.values())}
-    page = write_report(folder, f"{args.checkpoint}", [], summary, samples(config, found))
+    shown = samples(config, {("rlhf", "base")[i]: e for i, e in enumerate(names.values())})
+    page = write_report(folder, f"{args.checkpoint}", [], summary, shown)
     console = Console()
     console.print(quality_table({name: e.metrics for name, e in names.items()}, None))
     if win := summary.get("win_rate"):
@@ -195,83 +203,181 @@ def positive(text: str) -> int:
     return value
 
 
-def predict(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="predict.py", description="Caption images.")
-    parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--model-type", choices=["base", "rlhf"], help="default: the checkpoint's own")
-    source = parser.add_mutually_exclusive_group(required=True)
+INPUTS = """
+Images: files, folders (-r: with theirs), quoted globs, http(s) addresses, uncompressed .tar, lists of names (@FILE; - is standard input),
+tables (.jsonl .csv .tsv .parquet; names relative to the table). What looks like key=value and is no file is a setting of the sampler,
+everything else is an image: write ./a=b*.jpg for a glob that looks like a setting.
+
+Repeating a command does what is missing, and redoes what changed: image, model or settings. A log beside the captions, *.log.jsonl, knows;
+delete it to start afresh. Several processes: torchrun --nproc-per-node 4 scripts/predict.py ..., or --shard 1/4 to 4/4 anywhere.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 interrupted (torchrun turns any but 0 into 1).
+"""
+
+
+def _predict_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="predict.py", description="Caption images.", epilog=INPUTS, formatter_class=raw)
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        metavar="IMAGES|key=value",
+        help="see below; settings are e.g. steps=4 max_words=8 candidates=8 temperature=0.8",
+    )
+    add("--checkpoint", required=True, type=Path)
+    add("--model-type", choices=["base", "rlhf"], help="default: the checkpoint's own")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--image-url", help="path or http(s) URL of one image")
     source.add_argument("--image-list", type=Path, metavar="FILE", help="text file with a path or URL per line")
-    parser.add_argument("--output", type=Path, help="JSON file to write; default: print")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="sampler settings, e.g. steps=4 max_words=8 candidates=8 temperature=0.8"
+    add("-r", "--recursive", action="store_true", help="folders with all that is in them")
+    add("--image-column", default="", metavar="NAME", help="of tables; default: image, file_name, path, url, ...")
+    add("--output", type=Path, help="file (.json .jsonl .csv .parquet metadata.jsonl), or with --format txt a folder; default: print")
+    add("--format", choices=["txt", "json", "jsonl", "csv", "parquet", "metadata", "coco"], help="txt: a text file beside each image")
+    policies = ["skip", "overwrite", "append", "prepend", "error"]
+    add(
+        "--existing",
+        choices=policies,
+        default="skip",
+        help="text files that predict did not write (default: skip); append: as one more line",
     )
-    return guarded(lambda: _predict(parser.parse_intermixed_args(argv)))
+    add("--ext", default=".txt", help="suffix of text files (default: .txt)")
+    add("--sidecar-name", choices=["stem", "full"], default="stem", help="a.txt or a.jpg.txt")
+    add("--shard", metavar="I/N", help="only every N-th image, beginning with the I-th: 1/4, ..., 4/4")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=positive, default=32)
+    add("--steps", type=positive, help="denoising steps")
+    add("--threshold", type=float, help="reveal every token that is at least this confident at once")
+    add(
+        "--candidates",
+        type=positive,
+        metavar="N",
+        help=f"captions drawn per image, at temperature={DRAWN} unless set; the best by reward stays",
+    )
+    add("--min-words", type=positive, default=1, help="whole sentences of at least so many words (min_words= counts tokens)")
+    add("--max-words", type=positive, default=0)
+    add("--must-include", action="append", default=[], metavar="WORDS", help="a phrase that every caption contains; repeatable")
+    add("--ban", action="append", default=[], metavar="WORDS", help="a word or phrase that no caption contains; repeatable")
+    add("--template", default="", help="'a photo of [MASK] on [MASK]': each [MASK] becomes one or more words, as many as are likeliest")
+    add("--prefix", default="", help="text before every caption, as it is")
+    add("--suffix", default="", help="text after every caption, as it is")
+    return parser
+
+
+def predict(argv: Sequence[str] | None = None) -> int:
+    parser = _predict_parser()
+    args = parser.parse_intermixed_args(argv)
+    settings = [text for text in args.inputs if re.fullmatch(r"[\w.]+=.*", text, re.DOTALL) and not os.path.exists(text)]
+    args.images = [text for text in args.inputs if text not in settings]
+    if not (args.images or args.image_url or args.image_list):
+        parser.error("no images: name files, folders, ... or use --image-url or --image-list")
+    flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
+    if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
+        flags["temperature"] = DRAWN
+    args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
+        f"sampler.{text}" for text in settings
+    ]
+    return guarded(lambda: _predict(args))
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(i, n) of `--shard`, else of torchrun's environment, counted from 1. Raises ConfigError."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if text is None:
+        return int(os.environ.get("RANK", "0")) + 1, world
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) or world > 1:
+        raise ConfigError(f"--shard {text}: expected I/N with I from 1 to N" + ("; torchrun shards already" if world > 1 else ""))
+    return int(found[1]), int(found[2])
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .captioner import Captioner
-    from .models.saved import captioner_kind
+    from .inputs import find_items
+    from .outputs import check_places, make_output
+
+    shard = shard_of(args.shard)
+    output = make_output(args.output, args.format, args.existing, args.ext, args.sidecar_name == "full")
+    items = find_items(args.images, args.image_url or "", args.image_list, args.recursive, args.image_column)
+    if output:
+        check_places(output, items)
+    from .batch import Batch, Task
+
+    try:
+        work = read_work(args)
+        if output is None:
+            one = bool(args.image_url) or (len(items) == 1 and args.images)
+            mine = items[shard[0] - 1 :: shard[1]]
+            return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one))
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        with closing(Batch(work, output, items, shard)) as batch:
+            result = batch.run(args.batch_size, show=shard[0] == 1)
+            if ranks > 1 and not result.stopped:
+                meet(ranks)
+                if shard[0] > 1:
+                    return 0
+                result = batch.finish(result.before, items)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    return tell(result, output.path or "text files")
+
+
+def read_work(args: argparse.Namespace) -> Any:
+    """The model and the settings, checked. Raises ConfigError, CheckpointError."""
+    from .batch import Work, fingerprint
+    from .captioner import Captioner, Wishes
+    from .models.saved import captioner_kind, find_reward
     from .utils.config import with_overrides
 
-    names = [args.image_url] if args.image_url else read_list(args.image_list)
+    texts = tuple(args.must_include), tuple(args.ban), args.template
+    wishes = Wishes(*texts, args.min_words, args.max_words, args.prefix, args.suffix)
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type or captioner_kind(args.checkpoint))
-    plan = with_overrides(captioner.eyes.config, [f"sampler.{o}" for o in args.overrides]).sampler
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(names), args.batch_size):
-        rows += caption_batch(captioner, names[start : start + args.batch_size], plan, args.seed)
-    failed = [row for row in rows if row["error"]]
-    if args.output:
-        write_json(args.output, rows)
-        print(f"{len(rows) - len(failed)} captions in {args.output}")
-    else:
-        show_captions(rows, detail=bool(args.image_url))
-    for row in failed:
-        print(f"failed: {row['error']}", file=sys.stderr)
-    return 0 if not failed else 1 if len(failed) == len(rows) else 3
+    plan = with_overrides(captioner.eyes.config, args.settings).sampler
+    captioner.write([], plan, args.seed, wishes)  # says what it cannot do
+    files = [args.checkpoint, find_reward(args.checkpoint, captioner.eyes.config)]
+    return Work(captioner, plan, wishes, args.seed, fingerprint([f for f in files if f], plan, wishes, args.seed))
 
 
-def read_list(path: Path) -> list[str]:
-    """Lines of a list file that name an image. Raises ConfigError if there is none."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip() and not line.startswith("#")]
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    if not names:
-        raise ConfigError(f"{path}: names no image")
-    return names
+def meet(ranks: int) -> None:
+    """Wait until all processes of torchrun are done: it ends the others when one ends with a code."""
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30), world_size=ranks)
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
-def caption_batch(captioner: Any, names: Sequence[str], plan: SamplerConfig, seed: int) -> list[dict[str, Any]]:
-    """A row per name: the caption with its tokens and reward, or the error."""
-    from .data.images import ImageError, fetch_image, load_image
+def tell(result: Any, where: object) -> int:
+    """What came out, and the exit code."""
+    more = [f"{result.before} done before"] if result.before else []
+    more += [f"{result.kept} text files left as they were"] if result.kept else []
+    print(f"{result.captions} captions in {where}" + (f" ({', '.join(more)})" if more else ""))
+    return 130 if result.stopped else failed(result.errors, result.captions + result.kept)
 
-    pictures, errors = {}, {}
-    for name in names:
-        try:
-            pictures[name] = fetch_image(name) if name.startswith(("http://", "https://")) else load_image(name)
-        except ImageError as error:
-            errors[name] = str(error)
-    captions = dict(zip(pictures, captioner.caption(list(pictures.values()), plan, seed) if pictures else [], strict=True))
-    empty = {"caption": None, "confidence": None, "reward": None, "tokens": [], "seed": seed}
 
-    def row(name: str) -> dict[str, Any]:
-        if name in errors:
-            return {"image": name, **empty, "error": errors[name]}
-        found = asdict(captions[name])
-        return {"image": name, "caption": found.pop("text"), **found, "error": None}
+def failed(errors: Sequence[str], good: int) -> int:
+    for error in errors:
+        print(f"failed: {error}", file=sys.stderr)
+    return 0 if not errors else 3 if good else 1
 
-    return [row(name) for name in names]
+
+def print_captions(batches: Iterator[Any], detail: bool) -> int:
+    errors, good = [], 0
+    for batch in batches:
+        rows = [row for _, row in batch]
+        show_captions(rows, detail)
+        errors += [row["error"] for row in rows if row["error"]]
+        good += sum(not row["error"] for row in rows)
+    return failed(errors, good)
 
 
 def show_captions(rows: Sequence[dict[str, Any]], detail: bool) -> None:
     console = Console()
     for row in (r for r in rows if not r["error"]):
-        console.print(f"{row['image']}: {row['caption']}", highlight=False, soft_wrap=True)
+        name = row["image"].encode("utf-8", "replace").decode()
+        console.print(f"{name}: {row['caption']}", highlight=False, markup=False, soft_wrap=True)
         if detail:
             reward = "" if row["reward"] is None else f", reward {row['reward']:+.2f}"
             console.print(f"confidence {row['confidence']:.2f}{reward}", highlight=False)

@@ -94,6 +94,19 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     assert load_features(good, Encoder(), "v1", tmp_path / "cache").shape == (4, 2, 3)
 
 
+def test_images_count_by_their_bytes_wherever_these_are(tmp_path: Path) -> None:
+    def torn() -> bytes:
+        raise OSError("no image in this row")
+
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(path)
+    inside = Example("tar/a", ("x",), read=path.read_bytes)
+    assert features.cache_name([inside], "v1") == features.cache_name([Example("a", ("y",), path)], "v1")
+    assert load_features([inside], Encoder(), "v1", tmp_path / "cache")[0, 0].tolist() == [1, 0, 0]
+    with pytest.raises(FeatureError, match=r"^1 of 2 images cannot be read: row/1: no image in this row$"):
+        load_features([inside, Example("row/1", ("x",), read=torn)], Encoder(), "v1", tmp_path / "cache")
+
+
 def test_unusable_features_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="train/0 to train/3 are not finite"):
         load_features(SCENES, lambda images: colours(images) * torch.inf, "v1", tmp_path)

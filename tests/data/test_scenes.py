@@ -154,6 +154,7 @@ def test_swapped_fact_is_worse_and_nothing_else_changes():
         after = check(other, scene)
         assert after.accuracy < before.accuracy
         assert (after.told, after.fluency, len(other.split())) == (before.told, before.fluency, len(caption.split()))
+        assert len({*other.split()} - {"a", "an"}) == len({*caption.split()} - {"a", "an"})
         assert 1 <= sum(a != b for a, b in zip(caption.split(), other.split(), strict=True)) <= 2  # 2: the article follows
         swapped += 1
     assert swapped > 180

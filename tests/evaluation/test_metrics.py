@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.java_metrics import java_scores
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import Interval, tokenize
 
 WORDS = "a the dog cat man woman red blue runs sits on in grass snow ball with is and two".split()  # noqa: SIM905
@@ -119,7 +120,33 @@ def test_statistics_of_the_text() -> None:
     assert metrics.distinct_n([["a", "b", "a"], ["a", "b"]], 1) == 2 / 5
     assert metrics.distinct_n([["a", "b", "a"], ["a", "b"]], 2) == 2 / 3
     assert metrics.distinct_n([["a"]], 2) == metrics.repetition([]) == metrics.bad_endings([]) == 0
-    assert metrics.length_statistics(captions) == pytest.approx({"mean": 5, "std": math.sqrt(3), "min": 4, "median": 4, "max": 8})
+
+
+def test_specificity_counts_different_content_words_by_how_rare_they_are() -> None:
+    references = [[["a", "dog"], ["the", "dog", "runs"]], [["a", "dog"]], [["a", "cat"]], [["a", "bird"]]]
+    found = metrics.specificity([["a", "dog", "dog"], ["a", "cat", "runs"], ["the", "of"], ["unicorn"]], references)
+    np.testing.assert_allclose(found, [math.log(2), 2 * math.log(4), 0, math.log(4)])
+
+
+def test_intervals_of_a_set_measure_come_from_resampled_images() -> None:
+    candidates, references = random_captions(random.Random(0), 200, 5)
+    counts = metrics.bleu_counts(candidates, references)
+    found = metrics.bootstrap_sums(counts, lambda total: metrics.bleu_of(total)[0])
+    assert found.value == metrics.bleu(candidates, references)[0] and found.low < found.value < found.high
+    ratio = metrics.bootstrap_sums(np.stack([np.arange(100.0), np.ones(100)], 1), lambda t: float(t[0] / t[1]))
+    plain = metrics.bootstrap(np.arange(100.0))
+    assert (ratio.value, ratio.high - ratio.low) == (plain.value, pytest.approx(plain.high - plain.low, rel=0.1))
+
+
+def test_meteor_is_there_with_java_and_silently_absent_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [["a", "dog", "runs"], ["a", "man", "sits"]]
+    references = [[["a", "dog", "runs"]], [["two", "cats", "sleep"]]]
+    if shutil.which("java"):
+        pytest.importorskip("pycocoevalcap")
+        assert 0.3 < java_scores(candidates, references)["meteor"] < 0.9
+        assert java_scores(candidates, [[c] for c in candidates])["meteor"] > 0.95
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert java_scores(candidates, references) == {}
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:

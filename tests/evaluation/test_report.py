@@ -149,7 +149,9 @@ def test_the_numbers_of_the_summary_appear(report):
 def test_the_kept_weights_are_those_the_judge_likes_best(report, tmp_path):
     assert "epoch 6, 5.4 nats" in report.read_text(encoding="utf-8")
     rows = [row | {"val_judge": -float(row["epoch"])} for row in made_up_rows() if row["stage"] == "rlhf"]
-    assert "epoch 1, 0.900 nats" in page_of(tmp_path, rows), "the base model's own row is never chosen"
+    assert "epoch 0, " in page_of(tmp_path, rows), "nothing is better than the base model"
+    alarmed = [row | {"val_alarms": float(row["epoch"] > 4)} for row in made_up_rows() if row["stage"] == "rlhf"]
+    assert "epoch 4, " in page_of(tmp_path / "alarmed", alarmed)
 
 
 def test_captions_are_text_and_never_markup(tmp_path):

@@ -59,6 +59,8 @@ def test_no_creditable_word_no_question() -> None:
 
 def test_creditable_words_name_something_for_the_first_time() -> None:
     assert creditable(["A", "red,", "dog", "and", "the", "Dog.", "--", "!"]) == [False, True, True, False, False, False, True, False]
+    places = ["a", "ring", "left", "of", "a", "cross", "above", "the", "heart"]
+    assert [word for word, able in zip(places, creditable(places), strict=True) if able] == ["ring", "cross", "heart"]
 
 
 def test_step_potential_scores_every_draft_against_its_own_image() -> None:

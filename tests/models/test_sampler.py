@@ -19,6 +19,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import (
     UNKNOWN,
     Trajectory,
     inverse_cdf,
+    likelihood,
     noise_for,
     policy_logp,
     sample,
@@ -243,6 +244,39 @@ def test_guidance_one_is_none_and_more_leans_on_the_image(toy: Toy) -> None:
     written = strong.step != HIDDEN
     torch.testing.assert_close(strong.logp[written], expected[written], atol=1e-5, rtol=0)
     assert (strong.x0[written] > 1).all()
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_banned_tokens_are_never_written_and_the_rest_stays_a_distribution(toy: Toy, order: Order, temperature: float) -> None:
+    model, image = toy(max_length=8), torch.randn(3, 3, 4)
+    plan = replace(PLAN, order=order, temperature=temperature, remask=1, guidance=2.0)
+    banned = torch.zeros(len(model.allowed), dtype=torch.bool)
+    banned[3::2] = True
+    free, t = draw(model, image, plan), draw(model, image, plan, banned=banned)
+    assert banned[free.x0[free.step != HIDDEN]].any() and not banned[t.x0[t.step != HIDDEN]].any()
+    plain = draw(model, image, replace(plan, remask=0, guidance=1.0), banned=banned)
+    s = score(model, plain.x0, plain.step, plain.length, image, temperature or 1.0, banned=banned)
+    torch.testing.assert_close(s.logp, plain.logp, atol=1e-5, rtol=0)
+    mass = s.distribution.exp().sum(-1)[plain.step != HIDDEN]
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_given_words_may_be_banned_ones(toy: Toy) -> None:
+    model = toy()
+    known = torch.tensor([[3, UNKNOWN, 3, HIDDEN, HIDDEN]])
+    banned = torch.arange(len(model.allowed)) == 3
+    t = draw(model, torch.randn(1, 3, 4), PLAN, group=1, known=known, banned=banned)
+    assert t.x0[0, [0, 2]].tolist() == [3, 3] and t.x0[0, 1] != 3
+
+
+def test_likelihood_is_the_score_from_the_left_per_token(toy: Toy) -> None:
+    model, image = toy(), torch.randn(1, 3, 4)
+    x0, length = torch.randint(2, 5, (7, model.max_length)), torch.tensor([1, 2, 3, 4, 5, 5, 2])
+    step = torch.where(valid_positions(length, model.max_length), torch.arange(1, model.max_length + 1), HIDDEN)
+    s = score(model, x0, step, length, image)
+    expected = (s.logp.sum(1) + s.length_logp) / (length + 1)
+    torch.testing.assert_close(likelihood(model, x0, length, image, chunk=3), expected, atol=1e-5, rtol=0)
 
 
 def test_a_complete_draft_is_returned_as_it_is(toy: Toy) -> None:

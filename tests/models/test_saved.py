@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, words_and_owners
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel
@@ -18,7 +19,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     save_reward,
     with_config,
 )
-from hierarchical_diffusion_rlhf_caption_refinement.models.vision import build_vision
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import VisionError, build_vision
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import AlignmentConfig, BaseConfig, Config, DataConfig, VisionConfig
 
@@ -88,3 +89,16 @@ def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: 
     merged = with_config(eyes, other).config
     assert (merged.run, merged.seed, merged.data.train) == ("other", 7, 5)
     assert merged.data.max_words == 6 and merged.base == other.base and merged.vision == CONFIG.vision
+
+
+def test_what_is_no_pretrained_clip_is_one_clear_line(eyes: Eyes, tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**size, "vocab_size": 20, "max_position_embeddings": 8}
+    CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(tmp_path / "half")
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path / "mute")  # no tokenizer
+    for name in ("half", "mute", "nothing"):
+        config = replace(CONFIG, alignment=replace(CONFIG.alignment, pretrained=str(tmp_path / name)))
+        with pytest.raises(VisionError, match="CLIPModel") as error:
+            build_alignment(config, eyes.tokenizer, 16)
+        assert name in str(error.value) and "\n" not in str(error.value)

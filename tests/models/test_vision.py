@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2Model,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -40,23 +43,38 @@ def pictures(count: int, size: int = 40) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size)) for _ in range(count)]
 
 
-def save(model: PreTrainedModel, folder: Path) -> str:
+EDGE, SQUARE = {"shortest_edge": 32}, {"height": 32, "width": 32}
+PROCESSORS: dict[str, dict[str, object]] = {
+    "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32},
+    "clip vision": {"image_processor_type": "CLIPImageProcessor", "size": EDGE, "crop_size": SQUARE},
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": SQUARE},
+    "siglip vision": {"image_processor_type": "SiglipImageProcessor", "size": SQUARE},
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": SQUARE},
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": EDGE, "crop_size": SQUARE},
+    "mobilenet": {"image_processor_type": "MobileNetV2ImageProcessor", "size": EDGE, "crop_size": SQUARE},
+}
+"""preprocessor_config.json as the hub has it for each kind."""
+
+
+def save(model: PreTrainedModel, folder: Path, kind: str = "clip vision") -> str:
     model.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[kind]))
     return str(folder)
 
 
 def tiny(kind: str) -> tuple[PreTrainedModel, int]:
     """A random backbone and the number of its own tokens."""
     torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
     if kind == "clip":
-        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
         return CLIPModel(CLIPConfig(text_config=text, vision_config=SIZE, projection_dim=8)), 17
+    if kind == "siglip":
+        return SiglipModel(SiglipConfig(text_config=text, vision_config=SIZE)), 16
     if kind == "mobilenet":
         return MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.1, min_depth=8, image_size=32)), 1
     models = {
         "clip vision": (CLIPVisionModel, CLIPVisionConfig, 17),
-        "siglip": (SiglipVisionModel, SiglipVisionConfig, 16),
+        "siglip vision": (SiglipVisionModel, SiglipVisionConfig, 16),
         "vit": (ViTModel, ViTConfig, 17),
         "dinov2": (Dinov2Model, Dinov2Config, 17),
     }
@@ -64,16 +82,17 @@ def tiny(kind: str) -> tuple[PreTrainedModel, int]:
     return model(config(**SIZE)), tokens
 
 
-@pytest.mark.parametrize("kind", ["clip", "clip vision", "siglip", "vit", "dinov2", "mobilenet"])
+@pytest.mark.parametrize("kind", PROCESSORS)
 def test_any_backbone_gives_its_tokens_and_the_pooled_vector(kind: str, tmp_path: Path) -> None:
     model, tokens = tiny(kind)
-    vision = PretrainedVision(save(model, tmp_path))
+    vision = PretrainedVision(save(model, tmp_path, kind))
+    assert type(vision.processor).__name__ == f"{PROCESSORS[kind].get('image_processor_type', 'CLIPImageProcessor')}Pil"
     images = pictures(6)
     features = vision.encode(images)
     assert features.shape == (6, tokens + 1, vision.width) == (6, vision.num_tokens, vision.width)
     assert not features.requires_grad and features.isfinite().all() and (features[0] != features[1]).any()
     torch.testing.assert_close(features[4:5], vision.encode(images[4:5]), atol=1e-5, rtol=1e-4)  # whatever the batch
-    tower = (model.vision_model if kind == "clip" else model).eval()
+    tower = (model.vision_model if kind in ("clip", "siglip") else model).eval()
     with torch.no_grad():
         output = tower(pixel_values=vision.processor(images=images[:1], return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(features[0, -1], output.pooler_output[0].flatten(), atol=1e-5, rtol=1e-4)

@@ -1,12 +1,13 @@
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, Rating
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, Rating, append_comparisons, flip, to_trl
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
 from hierarchical_diffusion_rlhf_caption_refinement.training import comparisons
@@ -16,6 +17,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import 
     fact_pairs,
     judged,
     rating_agreement,
+    recorded,
     simulated,
     to_pairs,
 )
@@ -113,6 +115,44 @@ def test_rating_agreement_of_unanimous_and_of_guessing_raters() -> None:
     assert rating_agreement(guesses, 0) == pytest.approx(0.5, abs=0.1)
     too_few = [Rating("i", "c", (1, 2), (0, 4)), Rating("i", "d", (3, 4), (0, 4))]
     assert rating_agreement(too_few, 0) != rating_agreement(too_few, 0)
+
+
+def recordings(world: Any) -> list[Comparison]:
+    """Two raters of a pair of every image of every split, the second with the sides exchanged; three of an image that is not there."""
+    found = [comparison(0, "a", image="elsewhere")] * 3
+    for i, key in enumerate(example.key for examples in world.examples.values() for example in examples):
+        one = comparison(i, "b" if i % 3 else "tie", image=key, a=f"a {'red ' * (1 + i % 2)}star", annotator="one")
+        found += [one, flip(replace(one, id=f"{i}'", annotator="two"))]
+    return found
+
+
+def test_recorded_comparisons_are_of_images_of_any_split_and_split_by_image(world: Any, tmp_path: Path) -> None:
+    path, rows = tmp_path / "comparisons.jsonl", recordings(world)
+    append_comparisons(path, rows)
+    config = replace(world.config, data=replace(world.config.data, comparisons=str(path)))
+    found = recorded(config, world.corpora)
+    parts = [found.train, found.val, found.test]
+    images = [{c.image for c in part.comparisons} for part in parts]
+    assert sum(map(len, images)) == len(set().union(*images)) == 42 and [len(p) for p in parts] == [2 * len(i) for i in images]
+    assert min(map(len, images)) > 0 and len(images[0]) > 15 and "elsewhere" not in set().union(*images)
+    assert {key.split("/")[0] for key in images[0]} == {"train", "val", "test"}
+    assert found.facts is None and found.rater_agreement == 1
+    for part in parts:  # every pair goes with its own image
+        for row, c in zip(part.rows, part.comparisons, strict=True):
+            split, index = c.image.split("/")
+            assert part.corpus.examples[row] is world.corpora[split].examples[int(index)]
+            assert torch.equal(part.corpus.image([row]), world.corpora[split].image([int(index)]))
+            assert torch.equal(part.corpus.joint[row], world.corpora[split].joint[int(index)])
+
+
+def test_recorded_comparisons_may_be_a_data_set_of_trl(world: Any, tmp_path: Path) -> None:
+    rows = recordings(world)
+    count = to_trl(rows, tmp_path / "metadata.jsonl")
+    data = replace(world.config.data, comparisons=str(tmp_path / "metadata.jsonl"))
+    found = recorded(replace(world.config, data=data), world.corpora)
+    decided = sum(map(len, (found.train, found.val, found.test)))
+    assert 0 < decided == count - 3 == sum(c.choice in ("a", "b") for c in rows) - 3 and found.rater_agreement == 1
+    assert {label for part in (found.train, found.val) for label in part.label.tolist()} == {0, 1}
 
 
 def test_the_captions_of_a_pair_come_from_the_model(world: Any) -> None:

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample, score
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper, Scales
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
@@ -26,10 +27,11 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
     log_odds,
     policy_loss,
     rollout_plan,
+    train_rlhf,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, make_optimizer
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import RLHFConfig, ShapingConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, RLHFConfig, ShapingConfig
 
 RunOf = Callable[..., Run]
 T, V = 2, 4
@@ -346,3 +348,19 @@ def test_log_odds_and_correlation() -> None:
     assert log_odds(torch.tensor([0.0, 1.0])).isfinite().all()
     x = torch.tensor([1.0, 2.0, 4.0])
     assert correlation(x, 3 - 2 * x) == pytest.approx(-1) and correlation(x, torch.ones(3)) == 0
+
+
+@pytest.mark.parametrize("alarmed", [True, False])
+def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, monkeypatch: pytest.MonkeyPatch, alarmed: bool) -> None:
+    monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.training.rlhf.alarms", lambda now, base: ["repetition"] * alarmed)
+    rlhf = replace(world.config.rlhf, fit=FitConfig(epochs=3, epoch_size=4, batch_size=2, lr=3e-2, save_every=2))
+    run, base, reward = run_of(world.config, rlhf=rlhf), world.denoiser(), world.reward()
+    path = train_rlhf(run, replace(world.eyes, config=run.config), base, reward, reward, world.corpora, world.words)
+    rows = run.log.rows("rlhf")
+    _, kept, facts = load_denoiser(path, "rlhf")
+    judged = [row["val_judge"] for row in rows]
+    best = 0 if alarmed else judged.index(max(judged))
+    assert len(rows) == 4 and facts["row"]["epoch"] == best
+    same = all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), base.cpu().state_dict().values(), strict=True))
+    assert same == (best == 0)
+    assert max(judged[1:]) > judged[0]

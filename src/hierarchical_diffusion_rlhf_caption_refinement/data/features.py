@@ -28,11 +28,11 @@ class FeatureError(ValueError):
 
 
 def _content(example: Example) -> bytes:
-    """Hash of the file's bytes, or of the scene."""
+    """Hash of the image's bytes, or of the scene."""
     try:
-        data = repr(example.scene).encode() if example.path is None else example.path.read_bytes()
+        data = example.content()
     except OSError:
-        data = f"unreadable: {example.path}".encode()
+        data = f"unreadable: {example.path or example.key}".encode()
     return hashlib.sha256(data).digest()
 
 

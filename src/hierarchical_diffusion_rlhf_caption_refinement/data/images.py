@@ -1,9 +1,11 @@
 """Image files, bytes and URLs -> 8-bit RGB, by one loader for every path: upright, first frame, over white, of bounded size."""
 
 import contextlib
+import http.client
 import io
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"])
 MAX_SIDE = 4096
 """Pixels; larger images are reduced to it. Pillow refuses more than 179 million pixels as a decompression bomb."""
-
+USER_AGENT = "hierarchical-diffusion-rlhf-caption-refinement (image captioning)"
 
 _REASONS: dict[type[Exception], str] = {
     UnidentifiedImageError: "not an image",
@@ -62,7 +64,7 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
     return rgb
 
 
-def _fail(name: str, error: Exception) -> ImageError:
+def image_error(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name}: {_REASONS.get(type(error)) or ' '.join(str(error).split()) or type(error).__name__}")
 
 
@@ -75,26 +77,41 @@ def load_image(source: str | Path | bytes, name: str = "image data") -> Image.Im
     try:
         return _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise _fail(name, error) from None
+        raise image_error(name, error) from None
+
+
+def fetch_bytes(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) -> bytes:
+    """Body behind an http(s) address, whole, within `timeout_s` seconds and `max_bytes`.
+
+    Raises ValueError if it can never be had; else whatever urllib, http.client, ssl and socket raise.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise ValueError("not an http(s) address")
+    deadline, data = time.monotonic() + timeout_s, bytearray()
+    request = urllib.request.Request(urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~"), headers={"User-Agent": USER_AGENT})
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        promised = response.length or 0
+        while promised <= max_bytes and (chunk := response.read1(1 << 16)):
+            data += chunk
+            if len(data) > max_bytes:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {timeout_s:g} s")
+    if max(promised, len(data)) > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
+    if len(data) < promised:
+        raise http.client.IncompleteRead(bytes(data), promised - len(data))
+    return bytes(data)
 
 
 def fetch_image(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) -> Image.Image:
     """RGB image behind an http(s) address, within `timeout_s` seconds and `max_bytes`. Raises ImageError."""
-    if not url.lower().startswith(("http://", "https://")):
-        raise ImageError(f"{url}: not an http(s) address")
-    deadline, data = time.monotonic() + timeout_s, b""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            while chunk := response.read1(1 << 16):
-                data += chunk
-                if len(data) > max_bytes:
-                    raise OSError(f"larger than {max_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not complete after {timeout_s:g} s")
+        data = fetch_bytes(url, timeout_s, max_bytes)
     except Exception as error:  # urllib, http.client, ssl and socket share no narrower class
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the response
-        raise _fail(url, error) from None
+        raise image_error(url, error) from None
     return load_image(data, url)
 
 

@@ -352,7 +352,7 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def swap_fact(caption: str, scene: Scene, rng: random.Random) -> str | None:
-    """The caption with one true fact made false by another word of the same kind, all else as good; None if it has no such fact."""
+    """The caption with one true fact made false by another word of the same kind, all else alike; None if there is no such fact."""
     words, before = words_of(caption), check(caption, scene)
     true = [fact for fact, ok in verdicts(caption, scene) if ok]
     for fact in rng.sample(true, len(true)):
@@ -360,9 +360,15 @@ def swap_fact(caption: str, scene: Scene, rng: random.Random) -> str | None:
         for word in rng.sample(others, len(others)):
             swapped = " ".join(fix_articles([*words[: fact.at], word, *words[fact.at + 1 :]]))
             after = check(swapped, scene)
-            if after.accuracy < before.accuracy and after.told == before.told and after.fluency == before.fluency:
+            alike = after.told == before.told and after.fluency == before.fluency and _different(swapped) == _different(caption)
+            if after.accuracy < before.accuracy and alike:
                 return swapped
     return None
+
+
+def _different(caption: str) -> int:
+    """Different words: a caption that says one twice can be told from its copy without the image."""
+    return len(set(words_of(caption)) - {"a", "an"})
 
 
 def _alternatives(word: str) -> list[str]:

@@ -1,11 +1,19 @@
-"""Captioned images of any source, a list per split: the built-in scenes, JSON lines, or a folder with text files beside its images."""
+"""Captioned images of any source, a list per split: each source says what its rows are, one loop checks, joins and reports them."""
 
+import contextlib
+import csv
 import hashlib
 import json
 import logging
+import os
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +21,8 @@ from PIL import Image
 
 from ..utils.config import DataConfig
 from ..utils.seeding import seed_of
-from .images import ImageError, find_images, load_image
+from .download import LOG, download, image_file, link_rot
+from .images import SUFFIXES, ImageError, find_images, image_error, load_image
 from .scenes import Scene, Split, render, sample_scene, write_caption
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -28,20 +37,49 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """An image, in a file or as a scene to render, with at least one caption."""
+    """An image, in a file, within one or as a scene to render, with at least one caption."""
 
     key: str
     captions: tuple[str, ...]
     path: Path | None = None
     scene: Scene | None = None
+    read: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+    """Gives the bytes of an image that is no file of its own. Raises OSError."""
+
+    def content(self) -> bytes:
+        """The image's bytes as they are stored; of a scene, its description. Raises OSError."""
+        if self.scene is not None:
+            return repr(self.scene).encode()
+        return self.read() if self.read else (self.path or Path(self.key)).read_bytes()
 
     def image(self) -> Image.Image:
         """RGB. Raises ImageError."""
-        return render(self.scene) if self.scene is not None else load_image(self.path or self.key)
+        if self.scene is not None:
+            return render(self.scene)
+        name = str(self.path or self.key)
+        try:
+            return load_image(self.content(), name)
+        except OSError as error:
+            raise image_error(name, error) from None
 
 
 Found = tuple[Example, Split | None]
 """An example and the split that its source names."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a source says of one image, unchecked."""
+
+    where: str
+    """File and line, or what comes nearest, for the report."""
+    key: Any = None
+    captions: Any = None
+    split: Any = None
+    path: Path | None = None
+    read: Callable[[], bytes] | None = None
+    problem: str = ""
+    """Why it cannot be used, if that is known already."""
 
 
 def _scenes(config: DataConfig, seed: int) -> dict[str, list[Example]]:
@@ -55,9 +93,9 @@ def _scenes(config: DataConfig, seed: int) -> dict[str, list[Example]]:
 
 
 def _sentences(value: Any) -> tuple[str, ...]:
-    """The captions of one row, a text or a list of texts; white space is normalised, empty ones are dropped."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+    """The captions of a row, a text or a list of texts, each perhaps as {"raw": text}; white space is normalised, empty ones dropped."""
+    texts: list[Any] = [t.get("raw") if isinstance(t, dict) else t for t in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(t, str) for t in texts):
         raise SourceError("captions must be a list of texts")
     captions = tuple(text for t in texts if (text := " ".join(t.split())))
     if not captions:
@@ -65,44 +103,100 @@ def _sentences(value: Any) -> tuple[str, ...]:
     return captions
 
 
-def _row(line: bytes, root: Path) -> Found:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise SourceError("not JSON in UTF-8") from None
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
-        raise SourceError("expected an object with image, captions and perhaps split")
-    split = row.get("split")
-    if split is not None and split not in ALIASES:
-        raise SourceError(f"unknown split {split!r}")
-    example = Example(row["image"], _sentences(row.get("captions")), root / row["image"])
-    if not (root / row["image"]).is_file():
-        raise SourceError(f"no image {row['image']}")
-    return example, ALIASES[split] if split is not None else None
+def _check(row: Row) -> Found:
+    if row.problem:
+        raise SourceError(row.problem)
+    split = ALIASES.get(str(row.split).lower())
+    if row.split and not split:
+        raise SourceError(f"unknown split {row.split!r}")
+    example = Example(row.key, _sentences(row.captions), row.path, read=row.read)
+    if row.path is not None and not row.path.is_file():
+        raise SourceError(f"no image {row.key}")
+    return example, split
 
 
-def _read_jsonl(config: DataConfig, errors: list[str]) -> Iterator[Found]:
-    """Examples in the order of the file; rows of the same image are joined."""
-    path = Path(config.path)
-    beside = path.parent / "images"
-    root = Path(config.images) if config.images else beside if beside.is_dir() else path.parent
+def _gather(rows: Iterator[Row], errors: list[str]) -> list[Found]:
+    """Examples in the order of their first rows; rows of the same image are joined."""
     found: dict[str, Found] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    example, split = _row(line, root)
-                    before, first = found.get(example.key, (None, split))
-                    if first != split:
-                        raise SourceError(f"{example.key} is already in split {first}")
-                    captions = before.captions + example.captions if before else example.captions
-                    found[example.key] = Example(example.key, captions, example.path), split
-            except SourceError as error:
-                errors.append(f"{path}:{number}: {error}")
-    yield from found.values()
+    for row in rows:
+        try:
+            example, split = _check(row)
+            before, first = found.get(example.key, (None, split))
+            if first != split:
+                raise SourceError(f"{example.key} is already in split {first}")
+            found[example.key] = replace(example, captions=before.captions + example.captions) if before else example, split
+        except SourceError as error:
+            errors.append(f"{row.where}: {error}")
+    return list(found.values())
 
 
-def _read_folder(config: DataConfig, errors: list[str]) -> Iterator[Found]:
+def _files(path: str, *patterns: str) -> list[Path]:
+    """The file itself, all of a folder that match, or those of a glob, sorted."""
+    root = Path(path)
+    if root.is_dir():
+        return sorted(file for pattern in patterns for file in root.rglob(pattern))
+    return sorted(map(Path, glob(path, recursive=True))) if re.search(r"[*?[]", path) else [root]
+
+
+def _split_in(name: str, separator: str = "[^a-z]+") -> Split | None:
+    """The first split among the parts of a name: its words, as in captions_train2014.json, or its folders ("/")."""
+    return next((ALIASES[part] for part in re.split(separator, name.lower()) if part in ALIASES), None)
+
+
+def _name(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _root(config: DataConfig) -> Path:
+    """Of relative image names."""
+    beside = Path(config.path).parent / "images"
+    return Path(config.images) if config.images else beside if beside.is_dir() else beside.parent
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return SourceError("not JSON in UTF-8")
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a CSV, Parquet or JSON lines file."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            yield from ((reader.line_num, row) for row in reader)
+    elif path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        yield from enumerate((row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1)
+    else:
+        with path.open("rb") as lines:
+            yield from ((number, _parse(line)) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _table(path: Path, root: Path, image: str, captions: str) -> Iterator[Row]:
+    """Of a file with these columns, and perhaps `split`."""
+    try:
+        for number, row in _records(path):
+            where = f"{path}:{number}"
+            if isinstance(row, SourceError):
+                yield Row(where, problem=str(row))
+            elif not isinstance(row, dict) or not isinstance(row.get(image), str) or not row[image]:
+                yield Row(where, problem=f"expected an object with {image}, {captions} and perhaps split")
+            else:
+                yield Row(where, row[image], row.get(captions), row.get("split"), root / row[image])
+    except ImportError:
+        raise SourceError(f'{path}: reading it needs pyarrow: pip install ".[data]"') from None
+    except (ValueError, csv.Error) as error:
+        raise SourceError(f"{path}: {error}") from None
+
+
+def _jsonl(config: DataConfig) -> Iterator[Row]:
+    return _table(Path(config.path), _root(config), "image", "captions")
+
+
+def _folder(config: DataConfig) -> Iterator[Row]:
     """Images with a text file of the same name, one caption per line; folders named as a split set it."""
     root = Path(config.path)
     for path in find_images(root, recursive=True):
@@ -112,10 +206,192 @@ def _read_folder(config: DataConfig, errors: list[str]) -> Iterator[Found]:
         try:
             if text is None:
                 raise SourceError(f"no {names[0].name} beside it")
-            captions = _sentences(text.read_text(encoding="utf-8-sig").splitlines())
-            yield Example(key, captions, path), ALIASES.get(key.split("/")[0].lower()) if "/" in key else None
+            yield Row(str(path), key, text.read_text(encoding="utf-8-sig").splitlines(), _split_in(key.rpartition("/")[0], "/"), path)
         except (ValueError, OSError) as error:
-            errors.append(f"{path}: {error}")
+            yield Row(str(path), problem=str(error))
+
+
+def _imagefolder(config: DataConfig) -> Iterator[Row]:
+    """As `datasets` reads it: metadata files in the folder or below it name images relative to themselves, folders split them."""
+    names = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+    files = _files(config.path, *names) if Path(config.path).is_dir() else []
+    if not files:
+        raise SourceError(f"{config.path}: expected a folder with {', '.join(names)}")
+    for row in (row for file in files for row in _table(file, file.parent, "file_name", "text")):
+        key = _name(row.path, Path(config.path)) if row.path else ""
+        yield replace(row, key=key, split=row.split or _split_in(key.rpartition("/")[0], "/"))
+
+
+def _coco(config: DataConfig) -> Iterator[Row]:
+    """Karpathy's dataset_*.json, captions and split in each image, or COCO's captions_*.json with annotations, the split in its name."""
+    for file in _files(config.path, "dataset_*.json", "captions_*.json"):
+        content, captions, root = _parse(file.read_bytes()), defaultdict(list), _root(config)
+        if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+            raise SourceError(f"{file}: expected an object with images")
+        for number, note in enumerate(content.get("annotations", [])):
+            try:
+                captions[note["image_id"]].append(note["caption"])
+            except (LookupError, TypeError):
+                yield Row(f"{file}:annotations[{number}]", problem="expected an object with image_id and caption")
+        for number, image in enumerate(content["images"]):
+            where, name = f"{file}:images[{number}]", isinstance(image, dict) and (image.get("file_name") or image.get("filename"))
+            if not name:
+                yield Row(where, problem="expected an object with file_name or filename")
+                continue
+            paths = [root / folder / name for folder in (image.get("filepath") or "", file.stem.removeprefix("captions_"), "")]
+            path = next((path for path in paths if path.is_file()), paths[0])
+            texts = captions.pop(image.get("id"), []) if "annotations" in content else image.get("sentences")
+            yield Row(where, _name(path, root), texts, image.get("split") or _split_in(file.name), path)
+        yield from (Row(f"{file}:annotations", problem=f"no image with id {image}") for image in captions)
+
+
+def _part(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _sample(file: Path, key: str, parts: dict[str, Callable[[], bytes]]) -> Row:
+    """Of the members of a tar whose names differ in the suffix alone."""
+    facts = _parse(parts["json"]()) if "json" in parts else {}
+    facts = facts if isinstance(facts, dict) else {}
+    text = parts["txt"]().decode(errors="replace") if "txt" in parts else facts.get("caption") or ""
+    read = next((read for suffix, read in parts.items() if f".{suffix}" in SUFFIXES), None)
+    told = [str(facts[name]) for name in ("status", "error_message") if facts.get(name)]
+    return Row(f"{file}:{key}", f"{file.stem}/{key}", text, read=read, problem="" if read else ": ".join(["no image", *told]))
+
+
+def _webdataset(config: DataConfig) -> Iterator[Row]:
+    """Images stay within the tars. What img2dataset counted in *_stats.json is reported."""
+    links: Counter[str] = Counter()
+    for file in _files(config.path, "*.tar"):
+        samples: dict[str, dict[str, Callable[[], bytes]]] = defaultdict(dict)
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    folder, slash, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    if member.isfile() and member.offset_data + member.size <= file.stat().st_size:
+                        samples[folder + slash + stem][suffix.lower()] = partial(_part, file, member.offset_data, member.size)
+        except tarfile.TarError as error:
+            yield Row(str(file), problem=f"{error}; what comes before is used")
+        split = _split_in(_name(file, Path(config.path)) if Path(config.path).is_dir() else file.name)
+        yield from (replace(_sample(file, key, parts), split=split) for key, parts in samples.items())
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            counted = json.loads(file.with_name(f"{file.stem}_stats.json").read_bytes()).get("status_dict", {})
+            links.update({"" if status == "success" else status: number for status, number in counted.items()})
+    if links:
+        logging.getLogger(__name__).warning("%s: %s", config.path, link_rot(links))
+
+
+def _tsv(file: Path, split: Split, folder: Path) -> Iterator[Row]:
+    """Caption, URL, as in Conceptual Captions 3M, or the other way round, as in 12M; further columns are ignored."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            fields = line.decode(errors="replace").strip("\r\n").split("\t")
+            url = next((text for text in fields[:2] if text.startswith(("http://", "https://"))), "")
+            if url and len(fields) > 1 and "\ufffd" not in fields[0] + fields[1]:
+                yield Row(f"{file}:{number}", url, fields[fields[0] == url], split, image_file(folder, url))
+            elif line.strip():
+                yield Row(f"{file}:{number}", problem="expected a caption, a tab and a URL in UTF-8")
+
+
+Parts = dict[Split, list[Callable[[], Iterator[Row]]]]
+"""What names its rows, as often as it is called, per split."""
+
+
+def _fetched(parts: Parts, config: DataConfig, folder: Path) -> Iterator[Row]:
+    """Those of the first rows of each split whose image is there, after fetching as many as are needed; ends with a report of dead links.
+
+    What has no part of its own comes out of train, as in `_split`.
+    """
+    links: Counter[str] = Counter()
+    for split in parts:
+        limits = [getattr(config, s) for s in SPLITS if s == split or (split == "train" and s not in parts)]
+        usable = (row for part in parts[split] for row in part() if not row.problem)
+        enough = sum(limits) if all(limits) else sum(not row.problem for part in parts[split] for row in part())
+        reasons = download((row.key for row in usable), folder, enough, config.downloads)
+        links.update(reasons.values())
+        for row in (row for part in parts[split] for row in part()):
+            if not row.problem and row.key not in reasons:
+                break
+            if row.problem or not reasons[row.key]:
+                yield row
+    message = f"{config.path}: {link_rot(links)}; all are in {folder / LOG}"
+    if links and not links[""]:
+        raise SourceError(message)
+    logging.getLogger(__name__).warning(message)
+
+
+def _conceptual_captions(config: DataConfig) -> Iterator[Row]:
+    folder = Path(config.images or re.sub(r"[*/]+$", "", config.path.removesuffix(".tsv")) + "_images")
+    parts: Parts = defaultdict(list)
+    for file in _files(config.path, "*.tsv"):
+        split = _split_in(file.name) or "train"
+        parts[split].append(partial(_tsv, file, split, folder))
+    yield from _fetched(parts, config, folder)
+
+
+def _cell(column: Any, index: int) -> bytes:
+    """Of an image column that is not decoded."""
+    cell = next(iter(column[index].values())) or {}
+    if not cell.get("bytes") and not cell.get("path"):
+        raise OSError("no image in this row")
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+
+def _hub_rows(where: str, part: Any, split: Split | None, folder: Path) -> Iterator[Row]:
+    """Of one split of a Hugging Face data set, whose images are read when they are asked for."""
+    from datasets import Image as Picture
+
+    names = {name.lower(): name for name in reversed(part.column_names)}
+    image = next((name for name, kind in part.features.items() if isinstance(kind, Picture)), None)
+    url = next((names[name] for name in ("image_url", "url") if name in names), None)
+    caption = next((names[name] for name in ("caption", "captions", "text", "sentences") if name in names), None)
+    if caption is None or (image or url) is None:
+        raise SourceError(f"{where}: no column of images (or image_url, url) and captions among {', '.join(part.column_names)}")
+    pictures = part.select_columns([image]).cast_column(image, Picture(decode=False)) if image else None
+    texts = part.select_columns([name for name in part.column_names if name in (caption, "split") or (name == url and not image)])
+    for number, row in enumerate(texts):
+        rest = {"where": f"{where}[{number}]", "captions": row[caption], "split": row.get("split") or split}
+        if image:
+            yield Row(key=f"{where.rpartition(':')[2]}/{number}", read=partial(_cell, pictures, number), **rest)
+        else:
+            yield Row(key=str(row[url]), path=image_file(folder, str(row[url])), **rest)
+
+
+def _hub(config: DataConfig) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise SourceError('data.source=hub needs datasets: pip install ".[data]"') from None
+    try:
+        parts = datasets.load_dataset(config.path)
+    except Exception as error:  # whatever its readers, the hub's client and the network make of it
+        raise SourceError(f"{config.path}: {' '.join(str(error).split())}") from None
+    folder = Path(config.images or Path("cache") / f"{Path(config.path).name}_images")
+    remote: Parts = defaultdict(list)
+    for name, part in parts.items():
+        split, where = _split_in(str(name)), f"{config.path}:{name}"
+        if split is None and "split" not in part.column_names:
+            yield Row(where, problem="unknown split")
+        elif any(isinstance(kind, datasets.Image) for kind in part.features.values()):
+            yield from _hub_rows(where, part, split, folder)
+        else:
+            remote[split or "train"].append(partial(_hub_rows, where, part, split, folder))
+    if remote:
+        yield from _fetched(remote, config, folder)
+
+
+_READERS: dict[str, Callable[[DataConfig], Iterator[Row]]] = {
+    "jsonl": _jsonl,
+    "folder": _folder,
+    "imagefolder": _imagefolder,
+    "coco": _coco,
+    "webdataset": _webdataset,
+    "conceptual_captions": _conceptual_captions,
+    "hub": _hub,
+}
 
 
 def _share(example: Example) -> float:
@@ -130,7 +406,8 @@ def _split(found: list[Found]) -> dict[str, list[Example]]:
         if not splits[split] and len(splits["train"]) > 1:
             low, high = number * HELD_OUT, (number + 1) * HELD_OUT
             held = [e for e in splits["train"] if low <= _share(e) < high] or [min(splits["train"], key=_share)]
-            splits[split], splits["train"] = held, [e for e in splits["train"] if e not in held]
+            keys = {e.key for e in held}
+            splits[split], splits["train"] = held, [e for e in splits["train"] if e.key not in keys]
     return splits
 
 
@@ -143,11 +420,11 @@ def load_examples(config: DataConfig, seed: int) -> dict[str, list[Example]]:
         return _scenes(config, seed)
     errors: list[str] = []
     try:
-        found = list((_read_jsonl if config.source == "jsonl" else _read_folder)(config, errors))
+        found = _gather(_READERS[config.source](config), errors)
+    except (SourceError, ImageError) as error:
+        raise SourceError(str(error)) from None
     except OSError as error:
         raise SourceError(f"{config.path}: {error.strerror or error}") from None
-    except ImageError as error:
-        raise SourceError(str(error)) from None
     if not found:
         raise SourceError(f"{config.path}: no captioned image" + (f"; first of {len(errors)} problems: {errors[0]}" if errors else ""))
     if errors:

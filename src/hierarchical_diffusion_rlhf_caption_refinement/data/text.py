@@ -1,6 +1,8 @@
 """Captions as token ids and back, and which word each token belongs to."""
 
+import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -8,6 +10,8 @@ import torch
 from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
+
+from ..utils.config import ConfigError
 
 PAD, UNKNOWN_WORD = "<pad>", "<unk>"
 _WORD = r"[^\W_]+(?:['’\-][^\W_]+)*"
@@ -24,10 +28,13 @@ def build_tokenizer(captions: Iterable[str], min_count: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The fast tokenizer of a Hugging Face id or directory."""
+    """The fast tokenizer of a Hugging Face id or directory. Raises ConfigError."""
     from transformers import AutoTokenizer
 
-    return Tokenizer.from_str(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+    try:
+        return Tokenizer.from_str(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer.to_str())
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{name}: not a usable tokenizer: {' '.join(str(error).split())[:300]}") from None
 
 
 def banned_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -40,6 +47,34 @@ def unknown_id(tokenizer: Tokenizer) -> int:
     """Id of a word outside the vocabulary; -1 where every word can be spelled."""
     index = tokenizer.token_to_id(UNKNOWN_WORD)
     return -1 if index is None else index
+
+
+def said(text: str) -> list[str]:
+    """The words of a text, lower-cased, without punctuation."""
+    return re.findall(_WORD, unicodedata.normalize("NFC", text).lower())
+
+
+def contains(words: Sequence[str], phrase: Sequence[str]) -> bool:
+    """Whether the phrase's words stand next to each other among `words`."""
+    return any(list(words[i : i + len(phrase)]) == list(phrase) for i in range(len(words) - len(phrase) + 1))
+
+
+def spell(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
+    """Ids of a phrase at the beginning of a caption or inside it. Raises ConfigError with a word that the model does not know."""
+    ids = tokenizer.encode(text.strip() if first else f" {text.strip()}", add_special_tokens=False).ids
+    if unknown_id(tokenizer) in ids:
+        known = sorted(tokenizer.get_vocab())
+        word = next(w for w in said(text) if tokenizer.token_to_id(w) is None)
+        near = difflib.get_close_matches(word, [w for w in known if said(w) == [w]], n=3, cutoff=0.0)
+        raise ConfigError(f"'{word}' is not among the {len(known)} words that this model knows; near are: {', '.join(near)}")
+    if not ids:
+        raise ConfigError(f"'{text}' has no word")
+    return ids
+
+
+def spellings(tokenizer: Tokenizer, word: str) -> list[int]:
+    """Ids of the tokens that are this word alone, in any case, with or without a blank."""
+    return [i for i in range(tokenizer.get_vocab_size()) if said(decode(tokenizer, [i])) == [word]]
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str]) -> list[list[int]]:

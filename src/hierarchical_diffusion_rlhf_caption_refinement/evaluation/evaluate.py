@@ -17,7 +17,7 @@ from ..data.features import load_features
 from ..data.scenes import check
 from ..data.sources import Example
 from ..data.text import decode_rows
-from ..models.alignment import PretrainedClip
+from ..models.alignment import Alignment, PretrainedClip
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import RewardModel
 from ..models.sampler import Trajectory, noise_for, sample
@@ -106,13 +106,39 @@ def data_gold(examples: Sequence[Example]) -> dict[str, float]:
 
 def reference_scores(captions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """The usual captioning metrics against each image's own captions."""
+    return {name: row["value"] for name, row in reference_intervals(captions, examples, draws=1).items()}
+
+
+def reference_intervals(captions: Sequence[str], examples: Sequence[Example], draws: int = 500) -> dict[str, dict[str, float]]:
+    """The same with 95 % intervals over images."""
     candidates = [metrics.tokenize(c) for c in captions]
     references = [[metrics.tokenize(r) for r in e.captions] for e in examples]
-    bleu = metrics.bleu(candidates, references)
-    return {f"bleu_{n}": value for n, value in enumerate(bleu, 1)} | {
-        "cider_d": float(metrics.cider_d(candidates, references)[0]),
-        "rouge_l": float(metrics.rouge_l(candidates, references)[0]),
-    }
+    counts = metrics.bleu_counts(candidates, references)
+    found = {f"bleu_{n}": metrics.bootstrap_sums(counts, lambda total, n=n: metrics.bleu_of(total)[n - 1], draws) for n in range(1, 5)}
+    each = {"cider_d": metrics.cider_d(candidates, references)[1], "rouge_l": metrics.rouge_l(candidates, references)[1]}
+    each["specificity"] = metrics.specificity(candidates, references)
+    found |= {name: metrics.bootstrap(values, draws=draws) for name, values in each.items()}
+    return {name: {"value": row.value, "low": row.low, "high": row.high} for name, row in found.items()}
+
+
+@torch.no_grad()
+def clip_scores(alignment: Alignment, captions: Sequence[str], corpus: Corpus) -> dict[str, dict[str, float]]:
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021) under the run's own alignment model: comparable within a run only."""
+    texts = alignment.embed_texts(captions)
+    fit = 2.5 * (texts * corpus.joint).sum(-1).clamp(min=0)
+    best = torch.stack([(alignment.embed_texts(e.captions) @ text).max() for e, text in zip(corpus.examples, texts, strict=True)])
+    both = 2 * fit * best.clamp(min=0) / (fit + best.clamp(min=0)).clamp(min=1e-8)
+    return {name: interval_row(value.double().numpy()) for name, value in {"clip_score": fit, "ref_clip_score": both}.items()}
+
+
+@torch.no_grad()
+def retrieval(alignment: Alignment, corpus: Corpus) -> dict[str, float]:
+    """Share of all captions whose own image is among the k that fit best, of all images of the split."""
+    texts = [caption for example in corpus.examples for caption in example.captions]
+    own = torch.tensor([row for row, example in enumerate(corpus.examples) for _ in example.captions])
+    scores = alignment.embed_texts(texts) @ corpus.joint.T
+    rank = (scores > scores.gather(1, own[:, None])).sum(1)
+    return {f"text_to_image_r{k}": float((rank < k).float().mean()) for k in (1, 5, 10)}
 
 
 def text_statistics(captions: Sequence[str]) -> dict[str, float]:

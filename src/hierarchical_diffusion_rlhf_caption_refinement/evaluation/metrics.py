@@ -6,7 +6,7 @@ A caption is a list of tokens throughout, as `tokenize` makes them. Axes: n capt
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,22 +77,32 @@ def cider_d(
     return float(scores.mean()), scores
 
 
-def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of the whole set (Papineni et al. 2002), against the reference closest in length, the shorter of two."""
-    correct, guessed = np.zeros(4), np.zeros(4)
-    length = target = 0
+def bleu_counts(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Float[np.ndarray, "n 10"]:
+    """Of each caption: matched n-grams for n = 1..4, guessed ones, its length, and that of the closest reference, the shorter of two."""
+    rows = []
     for candidate, refs in zip(candidates, references, strict=True):
-        length += len(candidate)
-        target += min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]
+        correct, guessed = [], []
         for n in range(1, 5):
             most: Counter[Ngram] = Counter()
             for ref in refs:
                 most |= Counter(_ngrams(ref, n))
-            correct[n - 1] += (Counter(_ngrams(candidate, n)) & most).total()
-            guessed[n - 1] += max(len(candidate) - n + 1, 0)
-    precision = (correct + 1e-15) / (guessed + 1e-9)
+            correct.append((Counter(_ngrams(candidate, n)) & most).total())
+            guessed.append(max(len(candidate) - n + 1, 0))
+        rows.append([*correct, *guessed, len(candidate), min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]])
+    return np.array(rows, dtype=float).reshape(-1, 10)
+
+
+def bleu_of(total: Float[np.ndarray, " 10"]) -> list[float]:
+    """BLEU-1 to BLEU-4 of a set from the sum of its captions' counts."""
+    length, target = total[8], total[9]
+    precision = (total[:4] + 1e-15) / (total[4:8] + 1e-9)
     brevity = min(1.0, math.exp(1 - (target + 1e-9) / (length + 1e-15))) if length else 0.0
     return [float(np.prod(precision[:n]) ** (1 / n)) * brevity for n in range(1, 5)]
+
+
+def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of the whole set (Papineni et al. 2002)."""
+    return bleu_of(bleu_counts(candidates, references).sum(0))
 
 
 def _common_subsequence(a: Tokens, b: Tokens) -> int:
@@ -150,11 +160,10 @@ def bad_endings(captions: Sequence[Tokens]) -> float:
     return sum(not c or c[-1] in DANGLING for c in captions) / max(len(captions), 1)
 
 
-def length_statistics(captions: Sequence[Tokens]) -> dict[str, float]:
-    """Mean, standard deviation, least, median and most words per caption."""
-    words = np.array([len(c) for c in captions])
-    values = {"mean": words.mean(), "std": words.std(), "min": words.min(), "median": np.median(words), "max": words.max()}
-    return {name: float(value) for name, value in values.items()}
+def specificity(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Float[np.ndarray, " n"]:
+    """Nats that each caption tells: the sum over its different content words of log(images / images whose references use the word)."""
+    used = Counter(word for refs in references for word in {word for ref in refs for word in ref})
+    return np.array([sum(math.log(len(references) / max(used[w], 1)) for w in set(c) - FUNCTION_WORDS) for c in captions])
 
 
 # --- How sure we can be
@@ -183,6 +192,16 @@ def bootstrap(values: Shaped[np.ndarray, " n"], groups: Iterable[Hashable] | Non
     means = [sums[pick].sum() / sizes[pick].sum() for pick in picks]
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def bootstrap_sums(
+    rows: Float[np.ndarray, "n k"], statistic: Callable[[Float[np.ndarray, " k"]], float], draws: int = 500, seed: int = 0
+) -> Interval:
+    """A statistic of the sum of all images' rows, such as BLEU, with its 95 % percentile interval over resampled images."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rows[rng.integers(len(rows), size=len(rows))].sum(0)) for _ in range(draws)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(statistic(rows.sum(0)), float(low), float(high))
 
 
 def win_rate(

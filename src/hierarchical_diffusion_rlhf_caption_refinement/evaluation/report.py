@@ -208,7 +208,7 @@ def learning_curves(folder: Path, rows: list[Row]) -> str:
 def overoptimisation(folder: Path, rows: list[Row]) -> str:
     """Proxies and hidden quality against the distance from the base model; the weights that were kept are marked."""
     found = [row for row in rows if row["stage"] == "rlhf" and {"val_kl", "val_judge"} <= row.keys()]
-    kept = max((row for row in found if row["epoch"] > 0), key=lambda r: r["val_judge"], default=None)
+    kept = max((row for row in found if not row.get("val_alarms")), key=lambda r: r["val_judge"], default=None)
     if kept is None:
         return ""
 
@@ -227,7 +227,8 @@ def overoptimisation(folder: Path, rows: list[Row]) -> str:
         draw_lines(panels[1], found, {"val_gold_utility": "hidden utility"}, distance)
         panels[1].set(title="Gold: what nothing in training sees", ylabel="utility, at most 1")
     panels[-1].set_xlabel("distance from the base model: √KL, √nats per caption")
-    text = f"Kept were the weights whose captions the judge likes best: epoch {kept['epoch']}, {spell(kept['val_kl'])} nats per caption."
+    text = f"Kept were the weights without an alarm whose captions the judge likes best: epoch {kept['epoch']}, "
+    text += f"{spell(kept['val_kl'])} nats per caption."
     why = " If the proxy rises while the hidden quality falls, the reward is being gamed." if gold else ""
     return f"<p>{text}{why}</p>" + picture(folder / "gold_and_proxy.png", figure, "Proxy and gold against √KL")
 

@@ -10,14 +10,24 @@ import torch
 from ..data.corpus import Corpus
 from ..data.scenes import retrieval_ceiling
 from ..data.sources import load_examples
-from ..data.text import words_and_owners
+from ..data.text import pad, words_and_owners
 from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
 from ..models.saved import FILES, find_reward, load_denoiser, load_reward
 from ..models.shaping import HierarchicalRewardShaper
 from ..utils.config import Config
 from . import metrics
-from .evaluate import build_corpus, data_gold, gold_qualities, interval_row, reference_scores, text_statistics, write_captions
+from .evaluate import (
+    build_corpus,
+    clip_scores,
+    data_gold,
+    gold_qualities,
+    interval_row,
+    reference_intervals,
+    retrieval,
+    text_statistics,
+    write_captions,
+)
 from .report import Sample, WordDetail
 
 Row = dict[str, Any]
@@ -37,6 +47,7 @@ class Evaluation:
     corpus: Corpus
     metrics: dict[str, Any]
     gold: dict[str, np.ndarray] | None
+    ids: list[list[int]]
     confidence: list[list[float]]
     reward: RewardModel | None
 
@@ -53,17 +64,17 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside else None
     rows = list(range(len(corpus)))
     written = write_captions(model, corpus, rows, config.sampler, config.seed, reward)
-    with torch.no_grad():
-        fit = (eyes.alignment.embed_texts(written.texts) * corpus.joint).sum(-1).double().numpy()
-    found: dict[str, Any] = text_statistics(written.texts) | {"alignment": interval_row(fit)}
+    found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)
+    found["retrieval"] = retrieval(eyes.alignment, corpus)
     if written.reward is not None:
         found["reward"] = interval_row(written.reward.double().numpy())
     gold = gold_qualities(written.texts, corpus.examples) if corpus.examples[0].scene is not None else None
-    found["gold" if gold else "references"] = (
-        {k: float(v.mean()) for k, v in gold.items()} if gold else reference_scores(written.texts, corpus.examples)
-    )
-    confidence = [row[:n] for row, n in zip(written.trajectory.confidence.tolist(), written.trajectory.length.tolist(), strict=True)]
-    return Evaluation(written.texts, corpus, found, gold, confidence, reward)
+    intervals = {k: interval_row(v) for k, v in gold.items()} if gold else reference_intervals(written.texts, corpus.examples)
+    found["intervals"] = intervals
+    found["gold" if gold else "references"] = {name: row["value"] for name, row in intervals.items()}
+    t = written.trajectory
+    ids, confidence = ([row[:n] for row, n in zip(x.tolist(), t.length.tolist(), strict=True)] for x in (t.x0, t.confidence))
+    return Evaluation(written.texts, corpus, found, gold, ids, confidence, reward)
 
 
 def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
@@ -140,22 +151,20 @@ def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> li
 
 
 def word_details(config: Config, reward: RewardModel, found: Evaluation, rows: list[int]) -> list[list[WordDetail]]:
-    """Per word: confidence, alpha, the CLIP credit of the word, and the preference score of the whole caption."""
-    said = [found.captions[row].split() for row in rows]
-    width = max(map(len, said))
-    joint = found.corpus.joint[rows]
-    credit = leave_one_word_out(reward.evidence.alignment, said, [list(range(len(words))) for words in said], joint, width)
-    ids = [found.corpus.tokenizer.encode(" ".join(words), add_special_tokens=False).ids for words in said]
-    length = torch.tensor([len(i) for i in ids])
-    x0 = torch.zeros(len(ids), found.corpus.max_words, dtype=torch.long)
-    for row, i in enumerate(ids):
-        x0[row, : len(i)] = torch.tensor(i)
+    """Per word: confidence (of its least certain token), alpha, the CLIP credit of the word, and the preference score of the caption."""
+    split, joint = words_and_owners(found.corpus.tokenizer), found.corpus.joint[rows]
+    said, owners = zip(*(split(found.ids[row]) for row in rows), strict=True)
+    whole = [list(range(len(words))) for words in said]
+    credit = leave_one_word_out(reward.evidence.alignment, said, whole, joint, max(map(len, said)))
+    x0, length = pad([found.ids[row] for row in rows], found.corpus.max_words)
     score = reward.score(x0, length, found.corpus.image(rows), joint)
     odds = torch.tensor([c for row in found.confidence for c in row]).clamp(1e-4, 1 - 1e-4).logit()
     shaper = HierarchicalRewardShaper(config.shaping)
     details = []
     for i, row in enumerate(rows):
-        confidence = torch.tensor(found.confidence[row][: len(said[i])])
+        mine = zip(owners[i], found.confidence[row], strict=True)
+        least = dict(sorted(mine, key=lambda pair: -pair[1]))  # the last of a word's tokens stays: its least certain
+        confidence = torch.tensor([least.get(word, 1.0) for word in whole[i]])
         z = (confidence.clamp(1e-4, 1 - 1e-4).logit() - odds.mean()) / odds.std().clamp(min=1e-6)
         alpha = shaper.alpha(z[None])[0].tolist()
         parts = zip(said[i], confidence.tolist(), alpha, credit[i].tolist(), strict=False)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..utils.config import AlignmentConfig
 from .layers import Block, init_weights
-from .vision import quiet
+from .vision import VisionError, quiet
 
 
 @runtime_checkable
@@ -83,13 +83,20 @@ class PretrainedClip(nn.Module):
     """A Hugging Face CLIPModel behind the same interface; its image tokens are its own image embeddings (N, 1, E)."""
 
     def __init__(self, name: str) -> None:
+        """Raises VisionError if it is not there, not a CLIP, or not whole."""
         super().__init__()
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-        with quiet():
-            self.model: Any = CLIPModel.from_pretrained(name).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.processor = CLIPImageProcessorPil.from_pretrained(name)
+        try:
+            with quiet():
+                loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                self.processor = CLIPImageProcessorPil.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise VisionError(f"{name}: not a usable CLIPModel: {' '.join(str(error).split())[:300]}") from None
+        if missing := loaded[1]["missing_keys"]:
+            raise VisionError(f"{name}: not a CLIPModel: {len(missing)} weights are missing")
+        self.model: Any = loaded[0].eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image]) -> Float[Tensor, "N 1 E"]:
@@ -127,9 +134,11 @@ def text_scores(alignment: Alignment, texts: Sequence[str], image: Float[Tensor,
 
 _FUNCTION_WORDS = """
     a an the and or of to in on at is are am be was were with by for from as it its his her their this that there while who which
+    above below left right over under beside behind near between next
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-"""Words that name nothing to see; they earn no dense credit."""
+"""Words that name nothing to see, and words of place, which CLIP cannot tell from their opposites (Yuksekgonul et al. 2023); they earn no
+dense credit, and saying more of them is not saying more."""
 
 
 def creditable(words: Sequence[str]) -> list[bool]:

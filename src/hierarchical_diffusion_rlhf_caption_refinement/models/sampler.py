@@ -6,8 +6,12 @@ their detached confidence: the order is then part of the data, not of the policy
 Axes: B captions = N images x G, T caption length, K steps, R rows, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from math import comb
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +25,11 @@ from .diffusion import HIDDEN, reveal_counts, reveal_ranks, steps_from_ranks, va
 
 UNKNOWN = -1
 """Marks the positions that a draft leaves open."""
+LAYOUTS = 96
+"""Most drafts that are tried for one image."""
+Given = tuple[Sequence[int], Sequence[int]]
+"""Ids of given words where they begin a caption, and elsewhere: subword tokenizers spell the two differently."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,15 @@ class Trajectory:
     """Greedy completion before each step, and the final caption; only on request."""
 
 
-def policy_logp(logits: Float[Tensor, "... V"], temperature: float, top_p: float = 1.0) -> Float[Tensor, "... V"]:
-    """Log-probabilities of the token policy. Sampler and scorer both come here, so that they cannot disagree.
+def policy_logp(
+    logits: Float[Tensor, "... V"], temperature: float, top_p: float = 1.0, banned: Bool[Tensor, " V"] | None = None
+) -> Float[Tensor, "... V"]:
+    """Log-probabilities of the token policy; `banned` tokens have none. Sampler and scorer both come here, so that they cannot disagree.
 
     Temperature 0 (greedy decoding) keeps the model's own probabilities for reporting.
     """
+    if banned is not None:
+        logits = logits.masked_fill(banned, -torch.inf)
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if top_p >= 1:
         return logp
@@ -125,9 +138,10 @@ def sample(
     known: Int[Tensor, "B T"] | None = None,
     drafts: bool = False,
     on_step: Callable[[Int[Tensor, "B T"]], None] | None = None,
+    banned: Bool[Tensor, " V"] | None = None,
 ) -> Trajectory:
     """Caption N images, B / N times each. `known` fixes words and with them the lengths (UNKNOWN marks open positions inside a caption,
-    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step."""
+    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step; no `banned` token is written."""
     twice = _twice(plan.guidance)
     seen = None if plan.guidance == 1 else torch.arange(2 * len(image), device=image.device) < len(image)
     memory = model.read_image(twice(image), seen)
@@ -145,15 +159,14 @@ def sample(
     if not by_model:
         step = steps_from_ranks(reveal_ranks(plan.order, noise.order[:, 0], open_), counts, open_, valid)
     logp, confidence = torch.zeros_like(noise.token), (valid & ~open_).float()
-    cache = Cache.empty(len(model.h), len(twice(length)), image.device)
-    new, history = take_rows(valid & ~open_), []
+    cache, new, history = Cache.empty(len(model.h), len(twice(length)), image.device), take_rows(valid & ~open_), []
     for k in range(1, plan.steps + 1):
         if not open_.any():
             break
         now = open_ & (step == k)
         ask = take_rows(open_ if by_model or drafts or on_step or plan.threshold else now)
         logits, cache = model.advance(cache, twice(x0), _both(new, twice), _both(ask, twice), twice(length), memory)
-        dist = policy_logp(guided(logits, plan.guidance), plan.temperature, plan.top_p)
+        dist = policy_logp(guided(logits, plan.guidance), plan.temperature, plan.top_p, banned)
         best = dist.max(-1)
         token = inverse_cdf(dist, noise.token.gather(1, ask.position)) if plan.temperature > 0 else best.indices
         if drafts or on_step:
@@ -175,7 +188,7 @@ def sample(
     history += [x0] * (plan.steps + 1 - len(history))
     done = Trajectory(x0, step, length, logp, confidence, length_logp, torch.stack(history, 1) if drafts else None)
     for _ in range(plan.remask):
-        done = rewrite(model, image, plan, noise, done)
+        done = rewrite(model, image, plan, noise, done, banned)
     return done
 
 
@@ -191,13 +204,15 @@ def _both(rows: Rows, twice: Callable[[Tensor], Tensor]) -> Rows:
     return Rows(twice(rows.position), twice(rows.valid))
 
 
-def rewrite(model: DiffusionCaptionModel, image: Tensor, plan: SamplerConfig, noise: Noise, done: Trajectory) -> Trajectory:
+def rewrite(
+    model: DiffusionCaptionModel, image: Tensor, plan: SamplerConfig, noise: Noise, done: Trajectory, banned: Tensor | None = None
+) -> Trajectory:
     """Take back the least confident eighth of the words that were written, and write them again given the rest, one at a time."""
     mine = (done.step > 0) & (done.step < HIDDEN)
     weak = select(-done.confidence, mine, (mine.sum(1) + 7) // 8)
     known = torch.where(weak, UNKNOWN, torch.where(done.step < HIDDEN, done.x0, HIDDEN))
     steps = int(weak.sum(1).max())
-    again = sample(model, image, replace(plan, remask=0, steps=max(steps, 1), threshold=0.0), noise, known)
+    again = sample(model, image, replace(plan, remask=0, steps=max(steps, 1), threshold=0.0), noise, known, banned=banned)
     confidence = torch.where(weak, again.confidence, done.confidence)
     step = torch.where(weak, again.step + (done.step * mine).amax(1, keepdim=True), done.step)
     return replace(again, confidence=confidence, length_logp=done.length_logp, step=step)
@@ -221,16 +236,56 @@ def score(
     image: Float[Tensor, "N P F"],
     temperature: float = 1.0,
     seen: Bool[Tensor, " N"] | None = None,
+    banned: Bool[Tensor, " V"] | None = None,
 ) -> Score:
     """Exact log-probability of trajectories in one pass, with gradient; `model` may be wrapped for distributed training."""
     longest = int(length.max())  # columns that are padding in every caption cost as much as words
     prediction = model(x0[:, :longest], step[:, :longest], length, image, seen)
-    distribution = F.pad(policy_logp(prediction.logits, temperature), (0, 0, 0, x0.shape[1] - longest))
+    distribution = F.pad(policy_logp(prediction.logits, temperature, banned=banned), (0, 0, 0, x0.shape[1] - longest))
     written = (step > 0) & (step < HIDDEN)
     logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~written, 0.0)
     lengths = bounded_length_logp(prediction.length_logits)
     group = len(x0) // len(image)
     return Score(logp, distribution, lengths.repeat_interleave(group, 0).gather(1, length[:, None] - 1).squeeze(1), lengths)
+
+
+@torch.no_grad()
+def likelihood(
+    model: DiffusionCaptionModel, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"], image: Float[Tensor, "1 P F"], chunk: int = 16
+) -> Float[Tensor, " B"]:
+    """Nats per token of captions of one image, read from the left, given words and length included; what is impossible counts as -100."""
+    place = torch.arange(1, x0.shape[1] + 1, device=x0.device)
+    step = torch.where(valid_positions(length, x0.shape[1]), place, HIDDEN)
+    parts = [score(model, *some, image) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)]
+    return torch.cat([p.logp.clamp(min=-100).sum(1) + p.length_logp for p in parts]) / (length + 1)
+
+
+def thin(rows: Sequence[T], most: int = LAYOUTS) -> list[T]:
+    """All rows, or `most` of them, evenly spaced."""
+    return list(rows) if len(rows) <= most else [rows[i * len(rows) // most] for i in range(most)]
+
+
+def _compositions(total: int, parts: int) -> Iterable[Sequence[int]]:
+    """Ways to write `total` as a sum of `parts` positive numbers; a sample where there are very many."""
+    if parts == 0 or total < parts:
+        return [()] if parts == total == 0 else []
+    inner, rng = range(1, total), random.Random(total)
+    many = comb(total - 1, parts - 1) > 10 * LAYOUTS
+    cuts = [sorted(rng.sample(inner, parts - 1)) for _ in range(10 * LAYOUTS)] if many else combinations(inner, parts - 1)
+    return [[b - a for a, b in pairwise((0, *cut, total))] for cut in cuts]
+
+
+def layouts(length: int, parts: Sequence[Given | None], phrases: Sequence[Given]) -> list[list[int]]:
+    """Drafts of `length` tokens: `parts` in this order (None: one or more open tokens) and each phrase somewhere in what is open."""
+    given = [None if part is None else list(part[i > 0]) for i, part in enumerate(parts)]
+    rows: list[list[int]] = []
+    for sizes in _compositions(length - sum(len(g) for g in given if g is not None), given.count(None)):
+        gaps = iter(sizes)
+        rows.append([t for g in given for t in (g if g is not None else [UNKNOWN] * next(gaps))])
+    for phrase in phrases:
+        spelled = [(row, i, list(phrase[i > 0])) for row in thin(rows) for i in range(length)]
+        rows = [[*row[:i], *ids, *row[i + len(ids) :]] for row, i, ids in spelled if row[i : i + len(ids)] == [UNKNOWN] * len(ids)]
+    return rows
 
 
 def noise_for(keys: Sequence[object], group: int, steps: int, width: int, seed: int) -> Noise:

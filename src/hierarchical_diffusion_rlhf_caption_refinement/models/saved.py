@@ -12,6 +12,7 @@ from ..utils.checkpoint import CheckpointError
 from ..utils.config import Config, config_from_plain, to_plain
 from .alignment import Alignment, AlignmentModel, PretrainedClip
 from .denoiser import DiffusionCaptionModel
+from .gpt2 import add_lora, load_gpt2, merged_weights, shape_of, start_from_gpt2
 from .reward import Evidence, RewardModel, Words
 from .vision import PatchEncoder, PretrainedVision, build_vision
 
@@ -58,6 +59,20 @@ def build_denoiser(eyes: Eyes, dropout: float = 0.0) -> DiffusionCaptionModel:
     )
 
 
+def start_denoiser(eyes: Eyes) -> tuple[Eyes, DiffusionCaptionModel]:
+    """A denoiser to train, new or from base.backbone, and the eyes whose config tells its shape: later ones need no backbone."""
+    base = eyes.config.base
+    if not base.backbone:
+        return eyes, build_denoiser(eyes, base.dropout)
+    gpt2 = load_gpt2(base.backbone)
+    eyes = replace(eyes, config=replace(eyes.config, base=replace(base, **shape_of(gpt2.config))))
+    model = build_denoiser(eyes, base.dropout)
+    start_from_gpt2(model, gpt2)
+    if base.lora_rank:
+        add_lora(model, gpt2, base.lora_rank)
+    return eyes, model
+
+
 def eyes_payload(eyes: Eyes) -> dict[str, Any]:
     """What every checkpoint holds besides its own weights."""
     own = eyes.alignment.state_dict() if isinstance(eyes.alignment, AlignmentModel) else {}
@@ -97,7 +112,7 @@ def captioner_kind(path: Path) -> Literal["base", "rlhf"]:
 
 
 def save_denoiser(path: Path, kind: Literal["base", "rlhf"], eyes: Eyes, model: nn.Module, facts: dict[str, Any]) -> None:
-    checkpoint.save(path, kind, eyes_payload(eyes) | {"model": model.state_dict(), "facts": facts})
+    checkpoint.save(path, kind, eyes_payload(eyes) | {"model": merged_weights(model), "facts": facts})
 
 
 def load_denoiser(path: Path, kind: Literal["base", "rlhf"]) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:

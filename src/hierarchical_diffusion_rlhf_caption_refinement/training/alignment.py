@@ -112,8 +112,8 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
     """The frozen eyes of all later stages, saved as alignment_model.pt; pretrained parts are taken as they are."""
     config, path = run.config, run.config.models / FILES["alignment"]
     texts = [caption for example in examples["train"] for caption in example.captions]
-    own_words = config.data.tokenizer == "words"
-    tokenizer = build_tokenizer(texts, config.data.min_count) if own_words else load_tokenizer(config.data.tokenizer)
+    name = config.base.backbone or config.data.tokenizer
+    tokenizer = build_tokenizer(texts, config.data.min_count) if name == "words" else load_tokenizer(name)
     torch.manual_seed(seed_of(config.seed, "alignment"))
     vision = build_vision(config.vision)
     if isinstance(vision, PretrainedVision):

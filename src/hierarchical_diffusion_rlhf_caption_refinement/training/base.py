@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.corpus import Corpus
-from ..data.text import pad
+from ..data.text import load_tokenizer, pad
 from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import caption_nll, training_steps, valid_positions
-from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
-from ..utils.config import BaseConfig
+from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
+from ..utils.config import BaseConfig, ConfigError
 from ..utils.seeding import generator, seed_of
 from .alignment import shuffled_ids
 from .engine import Row
@@ -86,8 +86,10 @@ def validation_loss(model: DiffusionCaptionModel, corpus: Corpus, config: BaseCo
 def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     """Writes best_base_model.pt, the weights with the lowest validation loss."""
     config, path = run.config, run.config.models / FILES["base"]
+    if config.base.backbone and load_tokenizer(config.base.backbone).get_vocab() != eyes.tokenizer.get_vocab():
+        raise ConfigError(f"base.backbone={config.base.backbone}: the alignment stage ran with another vocabulary; run it again")
     torch.manual_seed(seed_of(config.seed, "base"))
-    model = build_denoiser(eyes, config.base.dropout)
+    eyes, model = start_denoiser(eyes)
     state = run.state("base", model, config.base.fit)
     allowed = model.allowed
 

@@ -1,22 +1,32 @@
-"""Comparisons for the reward stage: simulated raters judge the base model's captions of scenes, or human ratings are turned into pairs.
+"""Comparisons for the reward stage: simulated raters judge the base model's captions of scenes, or people's are read, or their ratings.
 
 Axes: n pairs, T caption length.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..data.annotators import panel
 from ..data.corpus import Corpus
-from ..data.preferences import Comparison, Rating, ratings_to_comparisons, read_ratings, split_by_image
+from ..data.preferences import (
+    Comparison,
+    Rating,
+    flip,
+    from_trl,
+    ratings_to_comparisons,
+    read_comparisons,
+    read_ratings,
+    split_by_image,
+)
 from ..data.scenes import swap_fact
 from ..data.text import encode, pad
 from ..evaluation.evaluate import write_captions
@@ -24,8 +34,10 @@ from ..models.denoiser import DiffusionCaptionModel
 from ..utils.config import Config, SamplerConfig
 from ..utils.seeding import seed_of
 
-HELD_OUT_PAIRS, TEST_PAIRS = 400, 700
-"""Comparisons of scenes for choosing and calibrating, and for the report; each is shown to two raters."""
+HELD_OUT_PAIRS, TEST_PAIRS, SWAPS = 400, 1400, 3
+"""Comparisons of scenes for choosing and calibrating, and for the report, each shown to two raters; facts swapped per test scene."""
+SHARES = (0.6, 0.2, 0.2)
+"""Shares of the images that people's judgements of are for training, for choosing, and for the report."""
 LABELS = {"a": 0, "b": 1, "tie": 2, "both_bad": 2}
 PLANS = (SamplerConfig(steps=8, temperature=0.7), SamplerConfig(steps=8, temperature=0.2))
 """The two ways in which the captions of a pair are drawn. Both are close to what rollouts and readers will see: among hotter captions the
@@ -139,16 +151,38 @@ def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Co
     for split, (count, judges) in counts.items():
         shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
         pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges), corpora[split])
-    facts = judged(fact_pairs(base, corpora["test"], config, seed), corpora["test"], seed_of(seed, "fact raters"))
+    swapped = [pair for swap in range(SWAPS) for pair in fact_pairs(base, corpora["test"], config, seed_of(seed, "swap", swap))]
+    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"))
     return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
 
 
 def rated(config: Config, corpus: Corpus) -> Judgements:
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
     ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
-    parts = split_by_image(ratings_to_comparisons(ratings, config.seed), (0.6, 0.2, 0.2), config.seed)
+    parts = split_by_image(ratings_to_comparisons(ratings, config.seed), SHARES, config.seed)
     train, val, test = (to_pairs(part, corpus) for part in parts)
     return Judgements(train, val, test, None, rating_agreement(ratings, config.seed))
+
+
+def recorded(config: Config, corpora: dict[str, Corpus]) -> Judgements:
+    """Comparisons that people made of captions of any of the data set's images, split by image, whatever split of the captions it is in."""
+    path = Path(config.data.comparisons)
+    found = from_trl(path) if path.name == "metadata.jsonl" else read_comparisons(path)
+    corpus = of_images(corpora, {c.image for c in found})
+    train, val, test = (to_pairs(part, corpus) for part in split_by_image(found, SHARES, config.seed))
+    one_way = to_pairs([c if c.a <= c.b else flip(c) for c in found], corpus)  # a second rater may have had them the other way round
+    return Judgements(train, val, test, None, agreement(one_way))
+
+
+def of_images(corpora: dict[str, Corpus], keys: set[str]) -> Corpus:
+    """One corpus of the images with these keys, from all splits."""
+    parts = [(corpus, [row for key, row in corpus.row_of.items() if key in keys]) for corpus in corpora.values()]
+    return replace(
+        parts[0][0],
+        examples=[corpus.examples[row] for corpus, rows in parts for row in rows],
+        tokens=np.concatenate([corpus.tokens[rows] for corpus, rows in parts]),
+        joint=torch.cat([corpus.joint[rows] for corpus, rows in parts]),
+    )
 
 
 def rating_agreement(ratings: Sequence[Rating], seed: int) -> float:

@@ -14,12 +14,12 @@ from ..evaluation.evaluate import build_corpus, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
-from ..utils.config import STAGES, Stage
+from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.runlog import write_json
 from ..utils.seeding import seed_of
 from .alignment import train_alignment
 from .base import train_base
-from .comparisons import rated, simulated
+from .comparisons import Judgements, rated, recorded, simulated
 from .reward import calibrate, examine, fit_ensemble, head_of, smoothing_from, train_reward
 from .reward_report import reward_report
 from .rlhf import train_rlhf
@@ -64,6 +64,7 @@ class Pipeline:
 
     def train(self, stages: Sequence[Stage]) -> None:
         """Run the stages; when resuming, those that are complete are left as they are."""
+        self.check_judgements(stages)
         for stage in stages:
             if self.run.resume and self.complete(stage):
                 continue
@@ -72,6 +73,18 @@ class Pipeline:
             getattr(self, stage)()
             self.run.accelerator.wait_for_everyone()
             self.note(self.times() | {stage: time.perf_counter() - started})
+
+    def check_judgements(self, stages: Sequence[Stage]) -> None:
+        """Raises ConfigError, before hours of work, if the reward stage would have nothing to learn from."""
+        data, done = self.run.config.data, (self.run.config.sources / FILES["reward"]).exists()
+        path = data.ratings or data.comparisons
+        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else "rlhf" in stages and not done
+        if not to_do:
+            return
+        if not path and data.source != "scenes":
+            raise ConfigError(f"data.source={data.source}: the reward stage needs data.ratings or data.comparisons")
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{path}: no such file; the reward stage would learn from it, --stage base does without")
 
     def times(self) -> dict[str, float]:
         """Seconds of every stage that is complete."""
@@ -112,9 +125,7 @@ class Pipeline:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
         (eyes, base), config = self.load_base(), self.run.config
         evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
-        found = rated(config, self.corpora["test"]) if config.data.ratings else simulated(config, base, self.corpora)
-        if few := [name for name, part in vars(found).items() if name in ("train", "val", "test") and not len(part)]:
-            raise ValueError(f"{config.data.ratings}: no two captions to compare of the test images that would be for {', '.join(few)}")
+        found = self.judgements(base)
         smoothing = smoothing_from(found.rater_agreement)
         train, val = examine(evidence, found.train), examine(evidence, found.val)
         used = head_of(train, config.reward.comparisons or len(train))
@@ -129,6 +140,19 @@ class Pipeline:
             write_json(config.results / "reward_report.json", facts)
             save_reward(config.models / JUDGE, eyes, judge, {"comparisons": len(val)})
             save_reward(config.models / FILES["reward"], eyes, reward, facts)
+
+    def judgements(self, base: DiffusionCaptionModel) -> Judgements:
+        """People's where there are some, else the simulated raters'."""
+        config, data = self.run.config, self.run.config.data
+        if data.ratings:
+            found, source = rated(config, self.corpora["test"]), f"{data.ratings}: no two captions to compare of the test images"
+        elif data.comparisons:
+            found, source = recorded(config, self.corpora), f"{data.comparisons}: no comparison of the data set's images"
+        else:
+            found, source = simulated(config, base, self.corpora), "data.source=scenes: no two captions to compare of the scenes"
+        if few := [name for name in ("train", "val", "test") if not len(getattr(found, name))]:
+            raise ValueError(f"{source} that would be for {', '.join(few)}")
+        return found
 
     def centre(self, reward: RewardModel) -> None:
         """Put the score's zero and unit on the base model's captions of validation images."""

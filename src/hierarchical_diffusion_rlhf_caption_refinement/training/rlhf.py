@@ -3,6 +3,7 @@
 Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocabulary.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from .state import TrainState
 
 SCALE_DECAY = 0.9
 """Decay of the running scales of the two rewards, per rollout."""
+DRIFT_IMAGES = 64
+"""Held-out images on which KL and entropy are measured after every epoch."""
 PATIENCE = 5
 """Updates in a row above the KL limit that stop training."""
 
@@ -261,6 +264,22 @@ def alarms(now: dict[str, float], base: dict[str, float]) -> list[str]:
 
 
 @torch.no_grad()
+def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows: list[int], chunk: int = 16) -> dict[str, float]:
+    """KL to the base model in nats per caption, and entropy in nats per token, of the rollout policy on these images."""
+    kl, entropy, tokens, temperature = 0.0, 0.0, 0, trainer.config.rlhf.temperature
+    for start in range(0, len(rows), chunk):  # with a large vocabulary two whole distributions of every token are gigabytes
+        some = rows[start : start + chunk]
+        t, image, _ = trainer.sample(policy, some, corpus, "held out")
+        mine, base = (score(model, t.x0, t.step, t.length, image, temperature) for model in (policy, trainer.reference))
+        inside = (t.step > 0) & (t.step < HIDDEN)
+        words = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
+        kl += len(some) * float(words + categorical_kl(mine.length_distribution, base.length_distribution).mean())
+        entropy -= float((mine.distribution.exp() * mine.distribution.nan_to_num(neginf=0.0)).sum(-1)[inside].sum())
+        tokens += int(inside.sum())
+    return {"kl": kl / len(rows), "entropy": entropy / max(tokens, 1)}
+
+
+@torch.no_grad()
 def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, judge: RewardModel) -> dict[str, float]:
     """Proxy, judge and (for scenes) gold of greedy captions of held-out images, with the text statistics that guard against hacking,
     and KL and entropy of the rollout policy there."""
@@ -270,15 +289,7 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     t = written.trajectory
     assert written.reward is not None
     judged = judge.score(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint.to(device))
-    some = rows[: max(1, min(len(rows), 128))]
-    rolled, image, _ = trainer.sample(policy, some, corpus, "held out")
-    mine = score(policy, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
-    base = score(trainer.reference, rolled.x0, rolled.step, rolled.length, image, config.rlhf.temperature)
-    inside = (rolled.step > 0) & (rolled.step < HIDDEN)
-    kl = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
-    kl = kl + categorical_kl(mine.length_distribution, base.length_distribution).mean()
-    entropy = -(mine.distribution.exp() * mine.distribution.nan_to_num(neginf=0.0)).sum(-1)[inside].mean()
-    facts = {"reward": float(written.reward.mean()), "judge": float(judged.mean()), "kl": float(kl), "entropy": float(entropy)}
+    facts = {"reward": float(written.reward.mean()), "judge": float(judged.mean())} | drift(trainer, policy, corpus, rows[:DRIFT_IMAGES])
     gold = gold_of(corpus.examples)
     truth = {f"gold_{name}": value for name, value in gold(written.texts).items()} if gold else {}
     loss = {"loss": validation_loss(policy, corpus, config.base, config.seed)}
@@ -288,7 +299,8 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
 def train_rlhf(
     run: Run, eyes: Eyes, base: DiffusionCaptionModel, reward: RewardModel, judge: RewardModel, corpora: dict[str, Corpus], words: Words
 ) -> Path:
-    """Writes best_rlhf_model.pt: the weights that the held-out judge, never used as reward, likes best."""
+    """Writes best_rlhf_model.pt: the weights that the held-out judge, never used as reward, likes best, of those that raise no alarm; the
+    base model is the first of them."""
     config, path = run.config, run.config.models / FILES["rlhf"]
     policy, reference = build_denoiser(eyes), base.to(run.device).eval().requires_grad_(False)
     policy.load_state_dict(base.state_dict())
@@ -300,9 +312,12 @@ def train_rlhf(
         odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])
         state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
+        state.best = state.extra["base"]["judge"]
         if run.main:
+            row = {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()}
             run.log.rewind("rlhf", -1)
-            run.log.write("rlhf", {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()})
+            run.log.write("rlhf", row)
+            save_denoiser(path, "rlhf", eyes, policy, {"row": row})
 
     def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss, facts = policy_loss(model, rollout, config.rlhf, state.extra["kl_weight"], policy.allowed)
@@ -310,7 +325,8 @@ def train_rlhf(
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         now = held_out(trainer, cast(DiffusionCaptionModel, model), corpora["val"], judge)
-        return now | {"alarms": float(len(alarms(now, state.extra["base"])))}
+        found = alarms(now, state.extra["base"])
+        return now | {"alarms": float(len(found)), "judge_unalarmed": math.nan if found else now["judge"]}
 
     def best(model: nn.Module, row: Row) -> None:
         save_denoiser(path, "rlhf", eyes, model, {"row": row})
@@ -318,6 +334,6 @@ def train_rlhf(
     count, inner = len(corpora["train"]), config.rlhf.inner_updates
     run.fit(
         "rlhf", state, config.rlhf.fit, count, trainer.rollouts, objective, evaluate=evaluate,
-        better=("val_judge", "max"), best=best, stop=kl_guard(config.rlhf, state.extra), boundary=inner,
+        better=("val_judge_unalarmed", "max"), best=best, stop=kl_guard(config.rlhf, state.extra), boundary=inner,
     )  # fmt: skip
     return path

@@ -65,14 +65,19 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["scenes", "jsonl", "folder"] = "scenes"
-    """`scenes`: the built-in benchmark; `jsonl`: rows of image, captions, split; `folder`: images with .txt sidecars."""
+    source: Literal["scenes", "jsonl", "folder", "imagefolder", "coco", "webdataset", "conceptual_captions", "hub"] = "scenes"
+    """`scenes`: the built-in benchmark; `jsonl`: rows of image, captions, split; `folder`: images with .txt sidecars;
+    `imagefolder`: metadata.jsonl, .csv or .parquet of file_name, text; `coco`: COCO's or Karpathy's JSON; `webdataset`: img2dataset's tars;
+    `conceptual_captions`: Google's TSV of caption, URL; `hub`: a Hugging Face data set of images or of URLs. URLs are fetched."""
     path: str = ""
-    """The JSONL file or the folder; unused by scenes."""
+    """The file or folder; coco, webdataset and conceptual_captions also take a folder or glob of files; hub an id or directory."""
     images: str = ""
-    """Root of relative image names in the JSONL; default: the folder `images` beside it, else its own folder."""
+    """Root of relative image names in the JSONL or JSON; default: the folder `images` beside it, else its own folder.
+    Where fetched images are kept; default: beside the TSV under its name + `_images`, of hub under that in `cache`."""
+    downloads: int = 16
+    """Images fetched at the same time, at most four of them from one host."""
     train: int = 8000
-    """Training images: rendered by scenes, an upper limit elsewhere (0: all)."""
+    """Training images: rendered by scenes, an upper limit elsewhere (0: all); no more images are fetched than the three numbers need."""
     val: int = 400
     test: int = 400
     captions_per_image: int = 3
@@ -85,10 +90,14 @@ class DataConfig:
     """Training occurrences that a word needs to enter the vocabulary of `words`."""
     ratings: str = ""
     """JSONL of human ratings (image, caption, ratings, scale) for the reward stage; empty: simulated raters (scenes only)."""
+    comparisons: str = ""
+    """JSONL or CSV of recorded comparisons (image, a, b, choice), or TRL's metadata.jsonl, for the reward stage instead of ratings."""
 
     def __post_init__(self) -> None:
         _require(self.source == "scenes" or bool(self.path), f"data.path is needed for data.source={self.source}")
         _require(self.max_words > 0, "data.max_words must be positive")
+        _require(self.downloads > 0, "data.downloads must be positive")
+        _require(not (self.ratings and self.comparisons), "data.ratings and data.comparisons: the reward learns from one of them")
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,12 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The denoiser and its training."""
+    """The denoiser and its training. With a backbone, width, layers, heads and the tokenizer are its own, whatever is written here."""
 
+    backbone: str = ""
+    """Hugging Face GPT-2 id or directory to start from, with its tokenizer; empty: train from scratch at the size below."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the backbone, whose own weights then stay (needs the extra `peft`); 0 trains everything."""
     width: int = 128
     layers: int = 3
     heads: int = 4
@@ -147,6 +160,8 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
+        _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
+        _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
 
 
 @dataclass(frozen=True)
@@ -185,7 +200,7 @@ class SamplerConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     comparisons: int = 1000
-    """Comparisons that simulated raters make of the base model's captions (scenes); with ratings, an upper limit (0: all)."""
+    """Comparisons that simulated raters make of the base model's captions (scenes); of recorded ones and ratings at most these (0: all)."""
     curve: tuple[int, ...] = (100, 300, 1000, 3000)
     """Numbers of comparisons for the report's learning curve."""
     members: int = 4

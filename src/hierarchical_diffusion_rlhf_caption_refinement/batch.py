@@ -1,0 +1,309 @@
+"""A batch of images to caption that can be killed at any moment and started again: what is done is in its log, and is not done twice."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .captioner import Caption, Captioner, Seen, Wishes
+from .data.images import ImageError
+from .inputs import Item
+from .outputs import Output, Row, beside, joined, read_text, write_table, write_text
+from .utils.config import ConfigError, SamplerConfig
+from .utils.interrupt import deferred_interrupts
+
+LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
+AHEAD = 4
+"""Images that are read while others are captioned; no more pictures than these are in memory."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image to caption, and what its text file keeps beside the caption."""
+
+    item: Item
+    identity: str
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to caption: everything that a caption depends on besides its image."""
+
+    captioner: Captioner
+    plan: SamplerConfig
+    wishes: Wishes
+    seed: int
+    run: str
+    """Fingerprint of the model's files and the settings."""
+
+    def rows(self, tasks: Iterable[Task], batch_size: int) -> Iterator[list[tuple[Task, Row]]]:
+        """A row per task, in batches; each is a caption with its tokens and reward, or an error."""
+        some: list[tuple[Task, Seen | str]] = []
+        for task, picture in ahead(tasks):
+            some.append((task, self.look(task.item, picture)))
+            if len(some) == batch_size:
+                yield self.write(some)
+                some = []
+        if some:
+            yield self.write(some)
+
+    def look(self, item: Item, picture: "Future[Image]") -> Seen | str:
+        """What the model sees, or why it sees nothing."""
+        try:
+            return self.captioner.look(picture.result())
+        except ImageError as error:
+            return str(error)
+        except Exception as error:  # one image must not end the batch
+            return f"{item.name}: cannot be captioned: {' '.join(str(error).split()) or type(error).__name__}"
+
+    def write(self, some: Sequence[tuple[Task, Seen | str]]) -> list[tuple[Task, Row]]:
+        captions = iter(self.captioner.write([s for _, s in some if isinstance(s, Seen)], self.plan, self.seed, self.wishes))
+        return [(task, self.row(task.item, next(captions) if isinstance(seen, Seen) else seen)) for task, seen in some]
+
+    def row(self, item: Item, found: Caption | Exception | str) -> Row:
+        if not isinstance(found, Caption):
+            error = found if isinstance(found, str) else f"{item.name}: {found}"
+            empty = {"caption": None, "confidence": None, "reward": None, "tokens": [], "seed": self.seed}
+            return {"image": item.name, **empty, "error": error}
+        told = asdict(found)
+        return {"image": item.name, "caption": told.pop("text"), **told, "error": None}
+
+
+def fingerprint(files: Sequence[Path], *settings: object) -> str:
+    """Of the content of the models' files and of settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def ahead(tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Image]"]]:
+    """Tasks in order, with their pictures, of which a few are read in advance."""
+    waiting: deque[tuple[Task, Future[Image]]] = deque()
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(AHEAD) as pool:  # the loader's own filters are not safe in threads
+        for task in tasks:
+            waiting.append((task, pool.submit(task.item.load)))
+            if len(waiting) == AHEAD:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+
+class Log:
+    """JSON lines of all that was captioned, synced after every batch; a torn last line is ignored. Shards write their own, and read all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process dies
+        except OSError:
+            self.file.close()
+            raise ConfigError(f"{path}: another run is writing it") from None
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        self.read()
+
+    def read(self) -> None:
+        """Find out where every row is."""
+        name = re.compile(re.escape(re.sub(LOG_NAME, "", self.path.name)) + LOG_NAME)
+        self.files = sorted(p for p in self.path.parent.iterdir() if name.fullmatch(p.name))
+        self.known: dict[tuple[str, str, str], tuple[bool, float, int, int]] = {}
+        self.latest: dict[str, tuple[float, int, int]] = {}
+        for i, path in enumerate(self.files):
+            with path.open("rb") as file:
+                offset = 0
+                for line in file:
+                    if (row := _parse(line)) is not None:
+                        self._note(row, i, offset)
+                    offset += len(line)
+
+    def _note(self, row: Row, file: int, offset: int) -> None:
+        key, place = (row["image"], row["identity"], row["run"]), (row["time"], file, offset)
+        self.known[key] = max(self.known.get(key, (False, 0.0, 0, 0)), (not row["error"], *place))
+        if not row["error"]:
+            self.latest[row["image"]] = max(self.latest.get(row["image"], place), place)
+
+    def _row(self, file: int, offset: int) -> Row:
+        with self.files[file].open("rb") as lines:
+            lines.seek(offset)
+            return json.loads(lines.readline())
+
+    def find(self, item: Item, identity: str, run: str) -> Row | None:
+        """What came of an image as it is, by this model and these settings; a caption comes before a failure."""
+        found = self.known.get((item.name, identity, run))
+        return self._row(*found[2:]) if found else None
+
+    def last(self, item: Item) -> Row | None:
+        """The newest caption of an image, whatever it or the model was."""
+        found = self.latest.get(item.name)
+        return self._row(*found[1:]) if found else None
+
+    def close(self) -> None:
+        self.file.close()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        self.file.write(b"".join(json.dumps({**row, "time": time.time()}).encode() + b"\n" for row in rows))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"image", "identity", "run", "time", "error"} <= row.keys() else None
+
+
+@dataclass(frozen=True)
+class Result:
+    captions: int
+    before: int
+    """Of them, done by an earlier run."""
+    kept: int
+    """Images whose text files are somebody else's, and were left alone."""
+    errors: list[str]
+    stopped: bool
+
+
+class Batch:
+    """Images, where their captions go, and what is done already."""
+
+    def __init__(self, work: Work, output: Output, items: Sequence[Item], shard: tuple[int, int] = (1, 1)) -> None:
+        """`shard` (i, n): only the i-th of every n images, in the order of their names."""
+        self.work, self.output, self.items = work, output, items
+        unique = {item.name: item for item in items}
+        self.mine = [unique[name] for name in sorted(unique)[shard[0] - 1 :: shard[1]]]
+        self.log = Log(output.log(items, shard))
+        self.identity = {name: item.identity() for name, item in unique.items()}
+        self.kept: set[str] = set()
+
+    def close(self) -> None:
+        self.log.close()
+
+    def todo(self) -> list[Task]:
+        """What remains to be captioned; text files that an earlier run did not get to write are written. Raises ConfigError."""
+        tasks: list[Task] = []
+        for item in self.mine:
+            identity = self.identity[item.name]
+            done = self.log.find(item, identity, self.work.run)
+            caption = done["caption"] if done else None
+            if self.output.format != "txt":
+                tasks += [] if caption else [Task(item, identity)]
+                continue
+            path = self.output.sidecar(item)
+            current, last = read_text(path), self.log.last(item)
+            ours = last is not None and current == last["file"]
+            if not ours and current.strip() and self.output.existing == "error":
+                raise ConfigError(f"{path}: is there already (--existing skip, overwrite, append or prepend)")
+            before = beside(self.output.existing, current, ours, last["before"] if last else "")
+            if before is None:
+                self.kept.add(item.name)
+            elif done is None or not caption:
+                tasks.append(Task(item, identity, before))
+            elif not (ours and last and last["caption"] == caption) and caption not in before.splitlines():
+                content = joined(self.output.existing, before, caption)
+                self.log.append([{**done, "before": before, "file": content}])
+                write_text(path, content)
+        return tasks
+
+    def save(self, rows: Sequence[tuple[Task, Row]]) -> None:
+        """First into the log, so that a text file is never there without its row, and is written later if it is missing."""
+        txt, facts = self.output.format == "txt", []
+        for task, row in rows:
+            content = joined(self.output.existing, task.before, row["caption"]) if txt and not row["error"] else ""
+            facts.append({**row, "identity": task.identity, "run": self.work.run, "before": task.before, "file": content})
+        self.log.append(facts)
+        for (task, _), fact in zip(rows, facts, strict=True):
+            if fact["file"]:
+                write_text(self.output.sidecar(task.item), fact["file"])
+
+    def run(self, batch_size: int, show: bool = True) -> Result:
+        """Caption what remains; SIGINT and SIGTERM stop it after the batch in hand. The table is made in any case."""
+        tasks = self.todo()
+        total, before = len(self.mine), len(self.mine) - len(tasks) - len(self.kept)
+        with deferred_interrupts() as signals, progress(total, total - len(tasks), show) as tell:
+            for rows in self.work.rows(tasks, batch_size):
+                self.save(rows)
+                tell(len(rows), sum(bool(row["error"]) for _, row in rows))
+                if signals:
+                    break
+        return self.finish(before, self.mine, bool(signals))
+
+    def finish(self, before: int, counted: Sequence[Item], stopped: bool = False) -> Result:
+        """Make the table, and the list of failures, of what all shards have so far; tell about these images."""
+        names, good, errors, failures = {item.name for item in counted}, 0, [], []
+        with _alone_in(self.log.path.parent):  # so that the last one to come here sees all rows
+            self.log.read()
+            if self.output.format != "txt":
+                write_table(self.output, self._rows())
+            for item, row in self._rows():
+                failures += [json.dumps({"image": item.name, "error": row["error"]}) + "\n"] if row["error"] else []
+                if item.name in names and item.name not in self.kept:
+                    good += not row["error"]
+                    errors += [row["error"]] if row["error"] else []
+            self._list_failures(failures)
+        return Result(good, before, len(self.kept), errors, stopped)
+
+    def _rows(self) -> Iterator[tuple[Item, Row]]:
+        found = ((item, self.log.find(item, self.identity[item.name], self.work.run)) for item in self.items)
+        return ((item, row) for item, row in found if row)
+
+    def _list_failures(self, lines: Sequence[str]) -> None:
+        """In a file of their own where the captions' files have no place for them."""
+        path = self.log.path.with_name(re.sub(LOG_NAME, ".failures.jsonl", self.log.path.name))
+        if lines and self.output.format in ("txt", "metadata", "coco"):
+            write_text(path, "".join(lines))
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def progress(total: int, done: int, show: bool) -> Iterator[Any]:
+    """Call with (images, failures) of each batch. A bar with images/s, failures and time left; without a terminal a line per tenth."""
+    console = Console(stderr=True, quiet=not show or total - done < 2)
+    columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("ETA"), TimeRemainingColumn())
+    start, first, failed, tenths = time.monotonic(), done, 0, 10 * done // max(total, 1)
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("captions", total=total, completed=done, rate="")
+
+        def tell(images: int, failures: int) -> None:
+            nonlocal done, failed, tenths
+            done, failed = done + images, failed + failures
+            speed = (done - first) / max(time.monotonic() - start, 1e-9)
+            rate = f"{speed:.1f} images/s, {failed} failed"
+            bar.update(task, completed=done, rate=rate)
+            if not console.is_terminal and total >= 500 and 10 * done // total > tenths:
+                tenths = 10 * done // total
+                console.print(f"captions {done} of {total}, {rate}, {(total - done) / speed:.0f} s left", highlight=False, soft_wrap=True)
+
+        yield tell

@@ -1,0 +1,194 @@
+"""Where the captions of `predict` go: text files beside the images or in a tree like theirs, and tables; each whole or not at all."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from .data.images import SUFFIXES
+from .inputs import Item, load_pyarrow
+from .utils.config import ConfigError
+
+Format = Literal["txt", "json", "jsonl", "csv", "parquet", "metadata", "coco"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+Existing = Literal["skip", "overwrite", "append", "prepend", "error"]
+EXISTING: tuple[Existing, ...] = get_args(Existing)
+FIELDS = ("image", "caption", "confidence", "reward", "tokens", "seed", "error")
+FLAT = tuple(field for field in FIELDS if field != "tokens")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    format: Format
+    path: Path | None
+    """The table, or the folder of text files; None: beside the images."""
+    existing: Existing = "skip"
+    """What happens to a text file, not empty, that `predict` did not write."""
+    ext: str = ".txt"
+    full_name: bool = False
+    """a.jpg.txt instead of a.txt"""
+
+    def __post_init__(self) -> None:
+        if self.ext.lower() in SUFFIXES or not self.ext.startswith("."):
+            raise ConfigError(f"--ext {self.ext}: expected a suffix such as .txt that is not an image's")
+        if self.format != "txt" and self.existing not in ("skip", "error"):
+            raise ConfigError(f"--existing {self.existing} is for text files (--format txt); a table is always made anew from its log")
+        if self.format != "txt" and self.path is None:
+            raise ConfigError(f"--format {self.format} needs --output FILE")
+
+    def sidecar(self, item: Item) -> Path:
+        """The text file of an image."""
+        if self.path is None and not item.alone:
+            raise ConfigError(f"{item.name}: there is no place beside it for a text file; --output names a folder")
+        place = item.file if self.path is None and item.file else (self.path or Path()) / item.place
+        return place.with_name(place.name + self.ext) if self.full_name else place.with_suffix(self.ext)
+
+    def log(self, items: Sequence[Item], shard: tuple[int, int]) -> Path:
+        """The run log: beside the table, or in the folder that holds all text files."""
+        part = "" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}"
+        if self.format != "txt" and self.path:
+            return self.path.with_name(f"{self.path.name}{part}.log.jsonl")
+        folder = self.path or Path(os.path.relpath(os.path.commonpath([os.path.abspath(self.sidecar(item).parent) for item in items])))
+        return folder / f"captions{part}.log.jsonl"
+
+
+def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool) -> Output | None:
+    """From the command line; the format follows from the file's name. None: captions are printed. Raises ConfigError."""
+    if form is None and path is None:
+        return None
+    if form is None and path is not None:
+        form = "metadata" if path.name == "metadata.jsonl" else path.suffix.lower().removeprefix(".")
+        if form not in FORMATS or form == "txt":
+            raise ConfigError(f"{path}: --format says what to write, one of {', '.join(FORMATS)}")
+    if form == "metadata" and path and path.suffix != ".jsonl":
+        path = path / "metadata.jsonl"
+    return Output(cast(Format, form), path, cast(Existing, existing), ext, full_name)
+
+
+def check_places(output: Output, items: Sequence[Item]) -> None:
+    """Raises ConfigError where captions would fall on each other or have no place, before anything is done."""
+    taken: dict[Any, str] = {}
+    for item in items:
+        place = _place(output, item)
+        if place is not None and (first := taken.setdefault(place, item.name)) != item.name:
+            help_ = "; --sidecar-name full writes NAME.SUFFIX" + output.ext if output.format == "txt" and not output.full_name else ""
+            raise ConfigError(f"{first} and {item.name} would share {place}{help_}")
+
+
+def _place(output: Output, item: Item) -> Any:
+    """What no two images may share: their text file, their COCO id, their file name."""
+    if output.format == "txt":
+        return output.sidecar(item)
+    if output.format == "coco":
+        return f"the COCO id {coco_id(item)}"
+    if output.format == "metadata":
+        return file_name(output, item)
+    return None
+
+
+def coco_id(item: Item) -> int:
+    if not (digits := re.search(r"(\d+)$", item.place.stem)):
+        raise ConfigError(f"{item.name}: its name does not end in a number, the COCO id")
+    return int(digits[1])
+
+
+def file_name(output: Output, item: Item) -> str:
+    name = os.path.relpath(item.file, (output.path or Path()).parent) if item.alone and item.file else ".."
+    if name.startswith(".."):
+        raise ConfigError(f"{item.name}: not a file in the folder of {output.path}")
+    return Path(name).as_posix()
+
+
+def beside(existing: Existing, current: str, ours: bool, before: str) -> str | None:
+    """What a text file keeps next to the new caption; None: it is left alone. `before`: what it kept when we wrote it."""
+    if ours or not current.strip():
+        return before if ours else ""
+    return {"overwrite": "", "append": current, "prepend": current}.get(existing)
+
+
+def joined(existing: Existing, before: str, caption: str) -> str:
+    """The text file's content, a caption per line."""
+    if before and not before.endswith("\n"):
+        before += "\n"
+    return f"{caption}\n{before}" if existing == "prepend" else f"{before}{caption}\n"
+
+
+def read_text(path: Path) -> str:
+    """Content of a text file, empty if there is none."""
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to that replaces `path` in one go; a kill leaves a hidden file that the next attempt replaces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
+    yield partial
+    os.replace(partial, path)
+
+
+def write_text(path: Path, content: str) -> None:
+    with whole(path) as partial:
+        partial.write_bytes(content.encode("utf-8", "surrogateescape"))
+
+
+def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
+    """Rows go through one by one; `metadata` and `coco` have no place for a failure and leave it out."""
+    path = cast(Path, output.path)
+    with whole(path) as partial:
+        if output.format == "parquet":
+            _write_parquet(partial, ({f: row[f] for f in FIELDS} for _, row in rows))
+            return
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            if output.format == "csv":
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(FLAT)
+                writer.writerows([row[f] for f in FLAT] for _, row in rows)
+                return
+            as_list = output.format in ("json", "coco")
+            file.write("[" if as_list else "")
+            for i, (item, row) in enumerate((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl")):
+                file.write(
+                    f"{',' if i and as_list else ''}{_newline(as_list)}{json.dumps(_shaped(output, item, row))}{_newline(not as_list)}"
+                )
+            file.write("\n]\n" if as_list else "")
+
+
+def _newline(wanted: bool) -> str:
+    return "\n" if wanted else ""
+
+
+def _shaped(output: Output, item: Item, row: Row) -> Row:
+    if output.format == "metadata":
+        return {"file_name": file_name(output, item), "text": row["caption"]}
+    if output.format == "coco":
+        return {"image_id": coco_id(item), "caption": row["caption"]}
+    return {field: row[field] for field in FIELDS}
+
+
+def _write_parquet(path: Path, rows: Iterator[Row], size: int = 1000) -> None:
+    parquet = load_pyarrow(path)
+    import pyarrow
+
+    token = pyarrow.struct([("token", pyarrow.string()), ("confidence", pyarrow.float64()), ("step", pyarrow.int64())])
+    types = dict.fromkeys(("image", "caption", "error"), pyarrow.string()) | dict.fromkeys(("confidence", "reward"), pyarrow.float64())
+    types |= {"tokens": pyarrow.list_(token), "seed": pyarrow.int64()}
+    schema = pyarrow.schema([(field, types[field]) for field in FIELDS])
+    with parquet.ParquetWriter(path, schema) as writer:
+        some: list[Row] = []
+        for row in rows:
+            some.append({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()})
+            if len(some) == size:
+                writer.write_table(pyarrow.Table.from_pylist(some, schema))
+                some = []
+        writer.write_table(pyarrow.Table.from_pylist(some, schema))
