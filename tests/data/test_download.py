@@ -225,8 +225,12 @@ def test_a_pause_between_requests_to_one_host(server: Server, tmp_path: Path, mo
 def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(server: Server, tmp_path: Path) -> None:
     names = [*(f"red{i}" for i in range(6)), "interrupt", *(f"red{i}" for i in range(10, 16))]
     urls = [server.url(name) for name in names]
-    with pytest.raises(KeyboardInterrupt):
-        download(urls, tmp_path, 20, 2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            download(urls, tmp_path, 20, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     files = list(tmp_path.glob("??/*"))
     assert 4 <= len(files) < len(names) and all(load_image(path).size == (4, 4) for path in files)
     kept = {url for url in urls if image_file(tmp_path, url).is_file()}

@@ -9,6 +9,7 @@ import torch
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, train_rlhf
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, steps_per_epoch
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, RLHFConfig
 
 
@@ -47,12 +48,12 @@ def test_a_killed_rlhf_run_resumes_to_the_same_weights(
         run = run_of(world.config, resume=resume, rlhf=settings)
         path = train_rlhf(run, world.eyes, base, world.reward(base), world.reward(), world.corpora, world.words)
         assert path == run.config.models / FILES["rlhf"]
-        _, model, facts = load_denoiser(path, "rlhf")
+        _, _, facts = load_denoiser(path, "rlhf")
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.log.rows("rlhf")]
-        return model.state_dict(), rows, facts["row"]["step"]
+        return checkpoint.load(run.last("rlhf"), "training")["model"], rows, facts["row"]["step"]
 
     whole, rows, step = train(resume=False)
-    assert [row["step"] for row in rows] == [0, 4, 8] and all("val_gold_utility" in row for row in rows) and step in (4, 8)
+    assert [row["step"] for row in rows] == [0, 4, 8] and all("val_gold_utility" in row for row in rows)
     assert rows[0]["val_kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["val_kl"] > 1e-4
     assert {"alpha", "dense_share", "entropy", "kl_weight", "zero_spread"} <= set(rows[-1])
     assert any((whole[name] != value).any() for name, value in base.state_dict().items())
