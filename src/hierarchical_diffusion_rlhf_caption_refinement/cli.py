@@ -119,17 +119,17 @@ def won(name: str, other: str, win: dict[str, float]) -> str:
 
 
 def quality_table(found: dict[str, dict[str, Any]], data: dict[str, float] | None) -> Table:
-    """A row per captioner: the scenes' truth or the reference metrics."""
+    """A column per captioner: the scenes' truth or the reference metrics."""
     first = next(iter(found.values()))
     kind = "gold" if "gold" in first else "references"
-    columns = list(first[kind])
-    table = Table(title="test images", title_justify="left")
-    table.add_column("captions", overflow="fold")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
     rows = ({"training data's own": data} if data else {}) | {name: metrics[kind] for name, metrics in found.items()}
-    for name, values in rows.items():
-        table.add_row(name, *(f"{values[c]:.3f}" if abs(values[c]) < 5 else f"{values[c]:.1f}" for c in columns))
+    table = Table(title="test images", title_justify="left")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right", overflow="fold")
+    for measure in first[kind]:
+        values = [values[measure] for values in rows.values()]
+        table.add_row(measure.replace("_", " "), *(f"{v:.3f}" if abs(v) < 5 else f"{v:.1f}" for v in values))
     return table
 
 
