@@ -68,7 +68,8 @@ def test_quality_is_told_by_references(photographs):
     assert "gold" not in summary and summary.get("win_rate") is None
     for kind in ("base", "rlhf"):
         found = summary["references"][kind]
-        assert set(found) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider_d", "rouge_l", "specificity"} and all(v >= 0 for v in found.values())
+        assert set(found) == {*(f"bleu_{n}" for n in range(1, 5)), "cider_d", "rouge_l", "specificity"}
+        assert all(v >= 0 for v in found.values())
         assert summary["evaluation"][kind]["references"] == found and "reward" in summary["evaluation"][kind]
     assert 0 < summary["references"]["base"]["rouge_l"] < 1
     assert summary["alignment"]["val_text_to_image_r10"] == 1.0  # among four
@@ -90,7 +91,8 @@ def test_evaluate_and_compare(photographs, tmp_path, monkeypatch, capsys):
     assert cli.evaluate(["--checkpoint", names[0], "--compare", names[1], "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
     summary = json.loads((photographs / "results/photographs/training_summary.json").read_text())
-    assert all(found["references"][kind].items() >= summary["references"][kind].items() for kind in ("base", "rlhf"))  # and METEOR with Java
+    for kind in ("base", "rlhf"):  # with Java METEOR comes on top
+        assert found["references"][kind].items() >= summary["references"][kind].items()
     assert found["win_rate"] is None
     assert list(found["captions"]) == [f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(14, 24)]
     assert "cider" in capsys.readouterr().out
