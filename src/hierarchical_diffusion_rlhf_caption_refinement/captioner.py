@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .data.images import load_image
 from .data.text import contains, decode, decode_rows, said, spell, spellings, unknown_id, words_and_owners
-from .evaluation.evaluate import best_candidates, pick
+from .evaluation.evaluate import best_candidates, fit_of, pick
 from .models.alignment import PretrainedClip
+from .models.beam import search_or_sample
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
 from .models.reward import RewardModel
-from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, sample, thin
+from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, thin
 from .models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
 from .utils.config import ConfigError, SamplerConfig
 
@@ -126,8 +127,8 @@ class Seen:
     key: str
     tokens: Tensor
     """(1, P, F)"""
-    joint: Tensor | None
-    """(1, E), for the reward"""
+    joint: Tensor
+    """(1, E), by CLIP"""
 
 
 class Captioner:
@@ -135,6 +136,9 @@ class Captioner:
 
     def __init__(self, eyes: Eyes, model: DiffusionCaptionModel, reward: RewardModel | None, plan: SamplerConfig) -> None:
         self.eyes, self.model, self.reward, self.plan = eyes, model.eval(), reward, plan
+        self.alignment = reward.evidence.alignment if reward else eyes.alignment
+        if isinstance(self.alignment, torch.nn.Module):
+            self.alignment.eval().to(model.mask.device)
         self.orders = lru_cache(maxsize=8)(self.spelled)
         if isinstance(eyes.vision, torch.nn.Module):
             eyes.vision.eval()
@@ -173,10 +177,8 @@ class Captioner:
     def look(self, picture: Image) -> Seen:
         """What the models see of a picture; alone, so that it is the same in every company."""
         tokens = self.eyes.vision.encode([picture]).to(torch.float16).float().to(self.model.mask.device)  # as the feature cache keeps them
-        joint = None
-        if self.reward is not None:
-            alignment = self.reward.evidence.alignment
-            joint = alignment.embed_images(alignment.encode([picture]) if isinstance(alignment, PretrainedClip) else tokens)
+        clip = self.alignment
+        joint = clip.embed_images(clip.encode([picture]) if isinstance(clip, PretrainedClip) else tokens)
         return Seen(content_key(picture), tokens, joint)
 
     def write(self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, wishes: Wishes = FREE) -> list[Caption | ObedienceError]:
@@ -206,9 +208,10 @@ class Captioner:
         noise = noise_for([s.key for s in seen], group, plan.steps, self.model.max_length, seed).to(device)
         drafts = None if known is None else known.to(device).repeat_interleave(plan.candidates, 0)
         tokens = torch.cat([s.tokens for s in seen])
-        written = sample(self.model, tokens, plan, noise, drafts, banned=banned)
-        joint = [s.joint for s in seen if s.joint is not None]
-        score = self.reward.score(written.x0, written.length, tokens, torch.cat(joint)) if self.reward and joint else None
+        joint = torch.cat([s.joint for s in seen])
+        fit = fit_of(self.alignment, self.eyes.tokenizer, joint) if plan.clip else None
+        written = search_or_sample(self.model, tokens, plan, noise, drafts, banned, fit)
+        score = self.reward.score(written.x0, written.length, tokens, joint) if self.reward else None
         return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
 
     def search(self, seen: Seen, plan: SamplerConfig, seed: int, wishes: Wishes, length: int) -> Caption | ObedienceError:

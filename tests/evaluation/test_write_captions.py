@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,22 @@ def test_the_best_of_several_candidates_is_kept(corpus: Corpus, model: Diffusion
     assert best.texts == [all_five.texts[i] for i in picked.tolist()]
     with pytest.raises(ValueError, match="needs a reward model"):
         write_captions(model, corpus, rows, plan, 0)
+
+
+def test_clip_chooses_among_the_captions_of_a_search(corpus: Corpus, model: DiffusionCaptionModel) -> None:
+    class LikesFast(Clip):
+        def embed_texts(self, texts: list[str]) -> Tensor:
+            return torch.tensor([[float(text.split().count("fast")), 0, 0, 0] for text in texts])
+
+    looked = replace(corpus, joint=torch.tensor([[1.0, 0, 0, 0]] * 7))
+    plan, rows = SamplerConfig(steps=6, order="left_to_right", beams=4, lengths=6), list(range(7))
+    plain = write_captions(model, looked, rows, plan, 0, alignment=LikesFast())
+    chosen = write_captions(model, looked, rows, replace(plan, clip=100.0), 0, alignment=LikesFast(), chunk=2)
+    assert plain.texts == write_captions(model, looked, rows, plan, 0).texts
+    fast = [sum(text.split().count("fast") for text in found.texts) for found in (plain, chosen)]
+    assert fast[1] > fast[0] + 3
+    averse = write_captions(model, looked, rows, replace(plan, clip=-100.0), 0, alignment=LikesFast())
+    assert not any("fast" in text for text in averse.texts)
 
 
 def test_candidates_are_picked_within_each_image() -> None:

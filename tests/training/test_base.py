@@ -2,6 +2,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -32,6 +33,18 @@ def test_images_are_withheld_as_often_as_asked(world: Any) -> None:
     batch = caption_batch(world.corpora["train"], [0] * 2000, slice(None), config, generator(0, "x"))
     assert (~batch.seen).float().mean().item() == pytest.approx(0.25, abs=0.04)
     assert caption_batch(world.corpora["train"], [0] * 50, slice(None), config, generator(0, "x"), drop_images=False).seen.all()
+
+
+def test_half_of_the_images_are_mirrored_where_there_are_mirrored_ones(world: Any) -> None:
+    corpus = world.corpora["train"]
+    both = replace(corpus, mirrored=corpus.tokens + np.float16(100))
+    rows = list(range(24)) * 10
+    plain, mixed = (caption_batch(c, rows, slice(None), world.config.base, generator(0)) for c in (corpus, both))
+    assert mixed.x0.equal(plain.x0) and mixed.step.equal(plain.step) and mixed.seen.equal(plain.seen)
+    mirrored = (mixed.image - plain.image).mean((1, 2)) > 50
+    assert 80 < int(mirrored.sum()) < 160
+    part = caption_batch(both, rows, slice(120, 240), world.config.base, generator(0))
+    assert part.image.equal(mixed.image[120:])
 
 
 def test_the_loss_is_per_token_and_leaves_out_unknown_words(world: Any) -> None:

@@ -18,8 +18,10 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import 
     judged,
     rating_agreement,
     recorded,
+    repeating,
     simulated,
     to_pairs,
+    with_repeating,
 )
 
 
@@ -102,6 +104,23 @@ def test_simulated_judgements_keep_images_apart(world: Any) -> None:
     assert 0 <= found.rater_agreement <= 1
     again = simulated(config, world.denoiser(), world.corpora)
     assert again.train.comparisons == found.train.comparisons and torch.equal(again.test.label, found.test.label)
+
+
+def test_a_repeating_copy_says_a_content_word_again_and_loses() -> None:
+    liked = "a red dog runs on the green grass"
+    rows = [comparison(i, "b", a="a man", b=liked) for i in range(200)]
+    found = with_repeating(rows, 0.5, 0)
+    again = [c for c in found if c.annotator == "repetition"]
+    assert 60 < len(again) < 110 and [c for c in found if c.annotator != "repetition"] == rows
+    assert all(found[found.index(c) - 1].id == c.id.removesuffix("/again") for c in again)
+    won = [c if c.choice == "a" else flip(c) for c in again]
+    assert {c.a for c in won} == {liked} and {c.choice for c in again} == {"a", "b"}
+    for c in won:
+        words, content = c.b.split(), {"red", "dog", "runs", "green", "grass"}
+        changed = [(new, old) for new, old in zip(words, liked.split(), strict=True) if new != old]
+        assert len(changed) == 1 and changed[0][0] in content and words.count(changed[0][0]) == 2
+    assert with_repeating(rows, 0.0, 0) == rows and with_repeating(rows, 0.5, 0) == found
+    assert repeating(comparison(0, "tie"), 0) is None and repeating(comparison(0, "a", a="on the"), 0) is None
 
 
 def test_rating_agreement_of_unanimous_and_of_guessing_raters() -> None:

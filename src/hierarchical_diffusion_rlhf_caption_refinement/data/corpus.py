@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,12 +23,19 @@ class Corpus:
     """Image embeddings of the alignment model."""
     tokenizer: Tokenizer
     max_words: int
+    mirrored: np.ndarray | None = None
+    """The tokens of the mirrored images, for training that wants them."""
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def image(self, rows: Sequence[int]) -> Float[Tensor, "B P D"]:
-        return torch.from_numpy(self.tokens[list(rows)].astype(np.float32))
+    def image(self, rows: Sequence[int], mirror: Bool[Tensor, " B"] | None = None) -> Float[Tensor, "B P D"]:
+        """Tokens of these images, mirrored where `mirror` says so."""
+        tokens = self.tokens[list(rows)]
+        if self.mirrored is not None and mirror is not None:
+            other = mirror.nonzero().flatten().tolist()
+            tokens[other] = self.mirrored[[rows[i] for i in other]]
+        return torch.from_numpy(tokens.astype(np.float32))
 
     @cached_property
     def captions(self) -> list[list[list[int]]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import ImageOps
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.corpus import Corpus
@@ -17,10 +19,11 @@ from ..data.features import load_features
 from ..data.scenes import check
 from ..data.sources import Example
 from ..data.text import decode_rows
-from ..models.alignment import Alignment, PretrainedClip
+from ..models.alignment import Alignment, PretrainedClip, text_scores
+from ..models.beam import Fit, search_or_sample
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import RewardModel
-from ..models.sampler import Trajectory, noise_for, sample
+from ..models.sampler import Trajectory, noise_for
 from ..models.saved import Eyes
 from ..utils.config import SamplerConfig
 from . import metrics
@@ -58,6 +61,15 @@ def best_candidates(trajectory: Trajectory, score: Tensor | None, candidates: in
     return pick(trajectory, best), score[best]
 
 
+def fit_of(alignment: Alignment, tokenizer: Tokenizer, joint: Float[Tensor, "N E"]) -> Fit:
+    """CLIP's cosine of captions with their images, for a search among several captions of each."""
+
+    def fit(x0: Tensor, length: Tensor) -> Tensor:
+        return text_scores(alignment, decode_rows(tokenizer, x0, length), joint.repeat_interleave(len(x0) // len(joint), 0))
+
+    return fit
+
+
 @torch.no_grad()
 def write_captions(
     model: DiffusionCaptionModel,
@@ -66,10 +78,14 @@ def write_captions(
     plan: SamplerConfig,
     seed: int,
     reward: RewardModel | None = None,
+    alignment: Alignment | None = None,
     group: int = 1,
     chunk: int = 64,
 ) -> Written:
-    """`group` captions of each row; with `plan.candidates` > 1 each is the best of so many by reward. Independent of `chunk`."""
+    """`group` captions of each row; with `plan.candidates` > 1 each is the best of so many by reward. Independent of `chunk`.
+
+    `alignment` is for `plan.clip`, which counts nothing without it.
+    """
     device = model.mask.device
     parts: list[Trajectory] = []
     scores: list[Tensor] = []
@@ -78,7 +94,8 @@ def write_captions(
         keys = [corpus.examples[row].key for row in some]
         noise = noise_for(keys, group * plan.candidates, plan.steps, model.max_length, seed).to(device)
         image, joint = corpus.image(some).to(device), corpus.joint[list(some)].to(device)
-        trajectory = sample(model, image, plan, noise)
+        fit = fit_of(alignment, corpus.tokenizer, joint) if alignment is not None else None
+        trajectory = search_or_sample(model, image, plan, noise, fit=fit)
         score = reward.score(trajectory.x0, trajectory.length, image, joint) if reward else None
         if plan.candidates > 1:
             trajectory, score = best_candidates(trajectory, score, plan.candidates)
@@ -163,6 +180,17 @@ def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
         parts = (torch.from_numpy(seen[i : i + 256].astype(np.float32)) for i in range(0, len(seen), 256))
         joint = torch.cat([eyes.alignment.embed_images(part) for part in parts])
     return Corpus(examples, tokens, joint, eyes.tokenizer, eyes.config.data.max_words)
+
+
+def with_mirrored(corpus: Corpus, eyes: Eyes, cache: Path) -> Corpus:
+    """The corpus with the tokens of its mirrored images, too."""
+    tokens = load_features(
+        corpus.examples,
+        lambda images: eyes.vision.encode([ImageOps.mirror(image) for image in images]),
+        f"{eyes.vision.fingerprint()} mirrored",
+        cache,
+    )
+    return replace(corpus, mirrored=tokens)
 
 
 def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:

@@ -63,7 +63,7 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     beside = find_reward(path, eyes.config)
     reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside else None
     rows = list(range(len(corpus)))
-    written = write_captions(model, corpus, rows, config.sampler, config.seed, reward)
+    written = write_captions(model, corpus, rows, config.sampler, config.seed, reward, eyes.alignment)
     found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)
     found["retrieval"] = retrieval(eyes.alignment, corpus)
     if written.reward is not None:

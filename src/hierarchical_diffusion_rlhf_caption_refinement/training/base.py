@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..data.corpus import Corpus
 from ..data.text import load_tokenizer, pad
 from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
+from ..models.alignment import Alignment
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import caption_nll, training_steps, valid_positions
 from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
@@ -50,7 +51,8 @@ def caption_batch(
     x0, length = pad(ids, max(map(len, ids)))
     step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)
     seen = torch.rand(len(rows), generator=g) >= (config.image_dropout if drop_images else 0.0)
-    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part]), seen[part])
+    mirror = None if corpus.mirrored is None else torch.rand(len(rows), generator=g)[part] < 0.5
+    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], mirror), seen[part])
 
 
 def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -103,7 +105,7 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     def evaluate(bare: nn.Module) -> dict[str, float]:
         denoiser = cast(DiffusionCaptionModel, bare)
         return {"loss": validation_loss(denoiser, corpora["val"], config.base, config.seed)} | sampled_quality(
-            run, denoiser, corpora["val"]
+            run, denoiser, corpora["val"], eyes.alignment
         )
 
     def best(bare: nn.Module, row: Row) -> None:
@@ -117,10 +119,10 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     return path
 
 
-def sampled_quality(run: Run, model: DiffusionCaptionModel, corpus: Corpus, limit: int = 200) -> dict[str, float]:
+def sampled_quality(run: Run, model: DiffusionCaptionModel, corpus: Corpus, alignment: Alignment, limit: int = 200) -> dict[str, float]:
     """What the captions of some held-out images are worth: by the scenes' truth, else against the references. For the curves only."""
     rows = list(range(min(limit, len(corpus))))
-    texts = write_captions(model, corpus, rows, run.config.sampler, run.config.seed).texts
+    texts = write_captions(model, corpus, rows, run.config.sampler, run.config.seed, alignment=alignment).texts
     examples = [corpus.examples[row] for row in rows]
     if examples[0].scene is None:
         return {"cider_d": reference_scores(texts, examples)["cider_d"]}

@@ -30,6 +30,8 @@ from ..data.preferences import (
 from ..data.scenes import swap_fact
 from ..data.text import encode, pad
 from ..evaluation.evaluate import write_captions
+from ..evaluation.metrics import tokenize
+from ..models.alignment import FUNCTION_WORDS
 from ..models.denoiser import DiffusionCaptionModel
 from ..utils.config import Config, SamplerConfig
 from ..utils.seeding import seed_of
@@ -61,9 +63,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def some(self, index: Sequence[int]) -> "Pairs":
+        rows = list(index)
+        a, b = ((x0[rows], length[rows]) for x0, length in (self.a, self.b))
+        comparisons, images = [self.comparisons[i] for i in rows], [self.rows[i] for i in rows]
+        return Pairs(self.corpus, comparisons, images, a, b, self.label[rows], self.reasons[rows])
+
     def head(self, count: int) -> "Pairs":
-        a, b = ((x0[:count], length[:count]) for x0, length in (self.a, self.b))
-        return Pairs(self.corpus, self.comparisons[:count], self.rows[:count], a, b, self.label[:count], self.reasons[:count])
+        return self.some(range(min(count, len(self))))
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,34 @@ def agreement(pairs: Pairs) -> float:
     return sum(x == y for x, y in decided) / len(decided) if decided else float("nan")
 
 
+def repeating(c: Comparison, seed: int) -> Comparison | None:
+    """The preferred caption against its copy that says one of its content words again: right after itself, or in place of another one.
+
+    People do not write such captions, so nobody rates them, and a reward model that has never seen one likes them for what they name twice.
+    """
+    rng = random.Random(seed_of(seed, "repeating", c.id))
+    words = tokenize(c.a if c.choice == "a" else c.b)
+    content = [i for i, word in enumerate(words) if word not in FUNCTION_WORDS]
+    if c.choice not in ("a", "b") or not content:
+        return None
+    said = rng.choice(content)
+    place = min(said + 1, len(words) - 1) if rng.random() < 0.5 else rng.choice(content)
+    again = [*words[:place], words[said], *words[place + 1 :]]
+    if again == words:
+        return None
+    found = Comparison(f"{c.id}/again", c.image, " ".join(words), " ".join(again), "a", annotator="repetition", reasons=("fluency",))
+    return found if rng.random() < 0.5 else flip(found)
+
+
+def with_repeating(comparisons: Sequence[Comparison], share: float, seed: int) -> list[Comparison]:
+    """The comparisons, a share of them followed by their preferred caption against one that repeats itself."""
+    found = []
+    for c in comparisons:
+        again = repeating(c, seed) if random.Random(seed_of(seed, "repeats", c.id)).random() < share else None
+        found += [c, again] if again else [c]
+    return found
+
+
 def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
     """Simulated raters compare the base model's captions of scenes; held-out pairs are shown to two of them."""
     seed, most = config.seed, max(config.reward.comparisons, *config.reward.curve, 1)
@@ -156,11 +191,16 @@ def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Co
     return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
 
 
+def split_pairs(comparisons: Sequence[Comparison], corpus: Corpus, config: Config) -> list[Pairs]:
+    """Train, val and test by image; the first two with captions that repeat themselves among the others'."""
+    parts, share = split_by_image(comparisons, SHARES, config.seed), config.reward.repeats
+    return [to_pairs(with_repeating(part, s, config.seed), corpus) for part, s in zip(parts, (share, share, 0.0), strict=True)]
+
+
 def rated(config: Config, corpus: Corpus) -> Judgements:
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
     ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
-    parts = split_by_image(ratings_to_comparisons(ratings, config.seed), SHARES, config.seed)
-    train, val, test = (to_pairs(part, corpus) for part in parts)
+    train, val, test = split_pairs(ratings_to_comparisons(ratings, config.seed), corpus, config)
     return Judgements(train, val, test, None, rating_agreement(ratings, config.seed))
 
 
@@ -169,7 +209,7 @@ def recorded(config: Config, corpora: dict[str, Corpus]) -> Judgements:
     path = Path(config.data.comparisons)
     found = from_trl(path) if path.name == "metadata.jsonl" else read_comparisons(path)
     corpus = of_images(corpora, {c.image for c in found})
-    train, val, test = (to_pairs(part, corpus) for part in split_by_image(found, SHARES, config.seed))
+    train, val, test = split_pairs(found, corpus, config)
     one_way = to_pairs([c if c.a <= c.b else flip(c) for c in found], corpus)  # a second rater may have had them the other way round
     return Judgements(train, val, test, None, agreement(one_way))
 

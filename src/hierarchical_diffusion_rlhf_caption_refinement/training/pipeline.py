@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.corpus import Corpus
 from ..data.sources import Example, load_examples
 from ..data.text import words_and_owners
-from ..evaluation.evaluate import build_corpus, write_captions
+from ..evaluation.evaluate import build_corpus, with_mirrored, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
@@ -114,7 +114,8 @@ class Pipeline:
     def base(self) -> None:
         if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
-        train_base(self.run, self.eyes, self.corpora)
+        train = with_mirrored(self.corpora["train"], self.eyes, self.run.cache) if self.run.config.base.mirror else self.corpora["train"]
+        train_base(self.run, self.eyes, self.corpora | {"train": train})
 
     def load_base(self) -> tuple[Eyes, DiffusionCaptionModel]:
         """The base model, and the eyes with the shape that it was trained in."""

@@ -17,7 +17,7 @@ from ..evaluation.evaluate import interval_row
 from ..models.reward import BLIND, FEATURES, RewardModel
 from ..utils.config import RewardConfig
 from ..utils.seeding import generator
-from .comparisons import Judgements, Pairs
+from .comparisons import Judgements, Pairs, repeating, to_pairs
 from .reward import Examined, decided_accuracy, examine, fit_ensemble, fit_linear, head_of, mean_margin, smoothing_from, targets
 
 
@@ -35,6 +35,15 @@ def by_gap(margin: Float[Tensor, " n"], pairs: Pairs) -> dict[str, float]:
     low, high = np.quantile(gap, [1 / 3, 2 / 3]) if len(gap) else (0.0, 0.0)
     parts = {"small": gap <= low, "middle": (gap > low) & (gap <= high), "large": gap > high}
     return {name: float(right[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def by_source(margin: Float[Tensor, " n"], pairs: Pairs) -> dict[str, dict[str, float]]:
+    """Accuracy of each source of ratings; of one with machine captions, where a pair often only tests human or machine, of these alone."""
+    sources = [str(c.provenance_a.get("source", "")) for c in pairs.comparisons]
+    machine = [all(str(p.get("origin", "")).startswith("machine") for p in (c.provenance_a, c.provenance_b)) for c in pairs.comparisons]
+    groups = {name: [i for i, s in enumerate(sources) if s == name] for name in dict.fromkeys(sources) if name}
+    groups |= {f"{name}, machine only": [i for i in rows if machine[i]] for name, rows in groups.items() if any(machine[i] for i in rows)}
+    return {name: accuracy_row(margin[rows], pairs.some(rows)) for name, rows in groups.items()}
 
 
 def _gap(pairs: Pairs, i: int) -> float:
@@ -89,11 +98,15 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, confi
         "text_only": feature_baseline(train, test, BLIND, config.l2),
         "alignment_only": feature_baseline(train, test, ("alignment",), config.l2),
         "image_shuffled": accuracy_row(shuffled, found.test),
+        "by_source": by_source(margin, found.test),
         "by_gap": by_gap(margin, found.test),
         "calibration_error": calibration(margin, found.test),
         "temperature": float(reward.temperature),
         "weights": dict(zip(FEATURES, reward.linear[..., 0].mean(0).tolist(), strict=True)),
     }
+    again = [c for c in (repeating(c, seed) for c in found.test.comparisons) if c]
+    repeated = to_pairs(again, found.test.corpus)
+    report["repetition"] = accuracy_row(mean_margin(reward, examine(reward.evidence, repeated)), repeated) if again else None
     smoothing = smoothing_from(ceiling)
     report["curve"] = learning_curve(reward, train, test, config, smoothing, seed)
     if found.facts is not None and len(found.facts):

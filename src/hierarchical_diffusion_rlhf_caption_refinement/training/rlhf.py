@@ -258,7 +258,7 @@ def alarms(now: dict[str, float], base: dict[str, float]) -> list[str]:
         found.append("narrow vocabulary")
     if now["bad_endings"] > base["bad_endings"] + 0.05:
         found.append("bad endings")
-    if now["entropy"] < 0.2 * base["entropy"]:
+    if now["entropy"] < 0.1 * base["entropy"]:
         found.append("entropy floor")
     return found
 
@@ -285,7 +285,8 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     and KL and entropy of the rollout policy there."""
     config, device = trainer.config, trainer.run.device
     rows = list(range(len(corpus)))
-    written = write_captions(policy, corpus, rows, config.sampler, config.seed, trainer.reward)
+    alignment = trainer.reward.evidence.alignment
+    written = write_captions(policy, corpus, rows, config.sampler, config.seed, trainer.reward, alignment)
     t = written.trajectory
     assert written.reward is not None
     judged = judge.score(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint.to(device))

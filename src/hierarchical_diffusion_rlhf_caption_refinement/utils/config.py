@@ -156,12 +156,17 @@ class BaseConfig:
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
+    mirror: bool = False
+    """Show every other training image mirrored: for captions that do not tell left from right."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
+
+
+SEARCH = "are for sampler.order=left_to_right with temperature=0, guidance=1 and remask=0"
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,12 @@ class SamplerConfig:
     min_words: int = 1
     max_words: int = 0
     """Bounds on the length, in tokens; 0 means data.max_words."""
+    beams: int = 1
+    """Captions kept in the making by a beam search from the left; 1 is greedy."""
+    lengths: int = 1
+    """Lengths that the search tries, the likeliest ones; the likeliest caption per token stays."""
+    clip: float = 0.0
+    """Weight of CLIP's cosine beside nats per token in the search's last choice."""
     candidates: int = 1
     """Captions drawn per image; the reward model keeps the best."""
 
@@ -195,6 +206,9 @@ class SamplerConfig:
         _require(self.temperature >= 0, "sampler.temperature must not be negative")
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
         _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
+        _require(self.beams > 0 and self.lengths > 0, "sampler.beams and sampler.lengths must be positive")
+        drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask
+        _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,8 @@ class RewardConfig:
     """Also try the transformer reader on top of the linear head; it stays if held-out likelihood gains two standard errors."""
     reader_layers: int = 1
     """Blocks of the reader, started from the denoiser's last ones."""
+    repeats: float = 0.0
+    """Share of people's comparisons and ratings to which a caption that repeats itself is added, as the loser: they never show any."""
     l2: float = 0.01
     """Ridge penalty of the linear head."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=5, batch_size=64, lr=3e-4))

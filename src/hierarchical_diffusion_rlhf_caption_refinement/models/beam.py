@@ -1,0 +1,88 @@
+"""Beam search from the left over several lengths at once: the likeliest caption per token, where greedy decoding commits at once.
+
+Axes: N images, L lengths, K beams, R = N x L x K captions in the making, T caption length, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..utils.config import SamplerConfig
+from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
+from .diffusion import HIDDEN, valid_positions
+from .sampler import Noise, Trajectory, policy_logp, sample, score
+
+
+Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
+"""Ids and lengths -> how well each caption fits its image."""
+
+
+@torch.no_grad()
+def search_or_sample(
+    model: DiffusionCaptionModel,
+    image: Float[Tensor, "N P F"],
+    plan: SamplerConfig,
+    noise: Noise,
+    known: Tensor | None = None,
+    banned: Bool[Tensor, " V"] | None = None,
+    fit: Fit | None = None,
+) -> Trajectory:
+    """Captions as the plan says; given words (`known`, as in `sample`) leave nothing to search for among lengths and are sampled."""
+    if plan.beams == plan.lengths == 1 or known is not None:
+        return sample(model, image, plan, noise, known, banned=banned)
+    return beam_search(model, image, plan, banned, fit)
+
+
+@torch.no_grad()
+def beam_search(
+    model: DiffusionCaptionModel,
+    image: Float[Tensor, "N P F"],
+    plan: SamplerConfig,
+    banned: Bool[Tensor, " V"] | None = None,
+    fit: Fit | None = None,
+) -> Trajectory:
+    """One caption per image: the best of `plan.beams` for each of the `plan.lengths` likeliest lengths.
+
+    Best is nats per token, the length counted as one, plus `plan.clip` times `fit`.
+    """
+    n, beams = len(image), plan.beams
+    memory = model.read_image(image)
+    lengths = bounded_length_logp(memory.length_logits, plan.min_words, min(plan.max_words, model.max_length))
+    tried = lengths.topk(min(plan.lengths, model.max_length), 1)
+    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried.indices + 1, tried.values))
+    x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
+    total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one
+    cache = Cache.empty(len(model.h), len(length), image.device)
+    new = Rows(x0[:, :0], x0[:, :0].bool())
+    for t in range(int(length.max())):
+        ask = Rows(torch.full_like(length, t)[:, None], (t < length)[:, None])
+        logits, cache = model.advance(cache, x0, new, ask, length, memory)
+        logp = policy_logp(logits[:, 0], 1.0, banned=banned)
+        stay = torch.full_like(logp, -torch.inf)
+        stay[:, 0] = 0.0  # a finished caption only goes on as it is
+        reached = (total[:, None] + torch.where(ask.valid, logp, stay)).view(len(total) // beams, -1).topk(beams, 1)
+        parent = (reached.indices // logp.shape[1] + torch.arange(0, len(total), beams, device=image.device)[:, None]).flatten()
+        total, x0, cache = reached.values.flatten(), x0[parent], _reordered(cache, parent)
+        x0[:, t] = (reached.indices % logp.shape[1]).flatten()
+        new = ask
+    worth = (total + length_logp) / (length + 1)
+    if plan.clip and fit is not None:
+        worth = worth + plan.clip * fit(x0, length)
+    worth = worth.view(n, -1)
+    best = worth.argmax(1) + torch.arange(0, len(total), worth.shape[1], device=image.device)
+    return _told(model, x0[best], length[best], image, banned)
+
+
+def _reordered(cache: Cache, parent: Tensor) -> Cache:
+    return Cache([pair and (pair[0][parent], pair[1][parent]) for pair in cache.layers], cache.valid[parent])
+
+
+def _told(model: DiffusionCaptionModel, x0: Tensor, length: Tensor, image: Tensor, banned: Tensor | None) -> Trajectory:
+    """The captions as trajectories that reveal one token after the other."""
+    inside = valid_positions(length, x0.shape[1])
+    step = torch.where(inside, torch.arange(1, x0.shape[1] + 1, device=x0.device), HIDDEN)
+    found = score(model, x0, step, length, image, banned=banned)
+    confidence = torch.where(inside, found.distribution.amax(-1).exp(), 0.0)
+    return Trajectory(x0, step, length, found.logp, confidence, found.length_logp, None)
