@@ -64,7 +64,8 @@ class Parts:
             return json.loads(first.read_text(encoding="utf-8"))["measured"]
         root = first.resolve().parents[len(config.models.parts)]
         path = root / config.results / "training_summary.json"
-        return measured(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        where_it_was_made = root / config.models == first.resolve().parent
+        return measured(json.loads(path.read_text(encoding="utf-8"))) if where_it_was_made and path.exists() else {}
 
 
 def load_parts(source: str | Path, kind: Literal["base", "rlhf"] | None = None) -> Parts:
