@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 
-.PHONY: setup train test test-all lint clean
+.PHONY: setup train test test-all lint reference clean
 
 setup: .venv/.dev
 
@@ -22,6 +22,9 @@ lint: setup
 	.venv/bin/codespell
 	.venv/bin/lint-imports
 	.venv/bin/pyright
+
+reference: .venv/.core
+	$(PY) docs/make_reference.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .coverage htmlcov

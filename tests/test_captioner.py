@@ -56,6 +56,32 @@ def test_the_caption_tells_how_it_came_about(captioner, scenes):
         assert isinstance(caption.reward, float)
 
 
+def test_words_say_where_the_reward_comes_from(captioner, scenes):
+    alignment = captioner.eyes.alignment
+    for scene, caption in zip(scenes, captioner(scenes), strict=True):
+        assert [w.word for w in caption.words] == caption.text.split() and caption.steps == max(t.step for t in caption.tokens)
+        assert [(w.confidence, w.step) for w in caption.words] == [(t.confidence, t.step) for t in caption.tokens]
+        assert encode(captioner.eyes.tokenizer, [caption.text]) == [list(caption.ids)]
+        joint = captioner.look(scene).joint
+        for i, word in enumerate(caption.words):
+            if word.credit:
+                rest = [w.word for j, w in enumerate(caption.words) if j != i]
+                drop = [float(alignment.embed_texts([" ".join(x)])[0] @ joint[0]) for x in (caption.text.split(), rest)]
+                assert word.credit == pytest.approx(drop[0] - drop[1], abs=1e-5)
+        assert any(w.credit for w in caption.words) and not any(w.credit for w in caption.words if w.word in ("a", "on", "and"))
+        assert set(caption.qualities) == {"accuracy", "fluency", "specificity"}
+
+
+def test_the_stream_uncovers_the_caption_step_by_step(captioner, scenes):
+    for wishes in (Wishes(), Wishes(must_include=("green circle",), prefix="sks, ")):
+        shown = list(captioner.stream(scenes[0], wishes=wishes, steps=5))
+        whole = captioner(scenes[0], wishes=wishes, steps=5)[0]
+        assert shown[-1] == whole and len(shown) == whole.steps
+        for step, caption in enumerate(shown, 1):
+            words = [t.token if t.step <= step else "[MASK]" for t in whole.tokens]
+            assert caption.text == wishes.prefix + " ".join(words) and [t.token for t in caption.tokens] == words
+
+
 def test_company_and_order_do_not_matter_and_the_seed_does(captioner, scenes):
     settings = {"temperature": 1.0, "order": "random"}
     together = captioner(scenes, **settings)
@@ -85,7 +111,8 @@ def test_an_unreadable_image_is_named(captioner, tmp_path):
 def test_without_a_reward_model(smoke, scenes, tmp_path):
     shutil.copy(smoke / "models/smoke/best_base_model.pt", tmp_path)
     captioner = Captioner.from_pretrained(tmp_path, "base")
-    assert [c.reward for c in captioner(scenes)] == [None] * 5
+    assert [(c.reward, c.qualities) for c in captioner(scenes)] == [(None, None)] * 5
+    assert all(any(w.credit for w in c.words) for c in captioner(scenes))
     with pytest.raises(ValueError, match="needs a reward model"):
         captioner(scenes, candidates=2, temperature=1.0)
 
@@ -117,6 +144,10 @@ def test_subword_models_obey_in_words(speller, scenes):
     free = texts()
     assert all(len(text.split()) < 15 for text in free) and len(encode(speller.eyes.tokenizer, ["zebra crossing"])[0]) > 4
     assert all(3 <= len(text.split()) <= 4 for text in texts(min_words=3, max_words=4))
+    for caption in speller(scenes):
+        assert [w.word for w in caption.words] == caption.text.split() and len(caption.ids) > len(caption.words)
+        assert min(w.confidence for w in caption.words) == min(t.confidence for t in caption.tokens)
+    assert [list(speller.stream(s))[-1].text for s in scenes] == free
     assert all("zebra crossing" in " ".join(said(text)) for text in texts(must_include=("zebra crossing",)))
     assert all(re.fullmatch(r"a zebra .+ on .+", text) for text in texts(template="a zebra [MASK] on [MASK]"))
     words = {word for text in free for word in said(text)}

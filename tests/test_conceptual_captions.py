@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2Model
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.download import image_file
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, append_comparisons
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene, write_caption
@@ -186,6 +187,19 @@ def test_an_image_is_captioned_without_the_backbone(run: Path, tmp_path: Path, m
     assert cli.predict(["--checkpoint", str(checkpoint), "--image-list", "list.txt", "--output", "found.json"]) == 0
     (row,) = json.loads(Path("found.json").read_text())
     assert row["caption"] and row["error"] is None and isinstance(row["reward"], float) and END not in row["caption"]
+
+
+def test_an_exported_captioner_needs_none_of_the_models_it_came_from(run: Path, tmp_path: Path) -> None:
+    checkpoint, image = run / "models/conceptual_captions/best_rlhf_model.pt", render(sample_scene(5, "test", 0)).resize((90, 64))
+    assert cli.main(["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]) == 0
+    before = Captioner.from_pretrained(checkpoint)(image)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (run / "collection/clip").rename(run / "clip")
+    try:
+        after = Captioner.from_pretrained(tmp_path / "elsewhere")(image)
+    finally:
+        (run / "clip").rename(run / "collection/clip")
+    assert after == before and str(run) not in (tmp_path / "elsewhere/config.json").read_text()
 
 
 def test_adapters_resume_to_the_same_weights_and_are_merged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -14,15 +17,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .data.images import load_image
-from .data.text import contains, decode, decode_rows, said, spell, spellings, unknown_id, words_and_owners
+from .data.text import contains, decode, decode_rows, pad, said, spell, spellings, unknown_id, words_and_owners
 from .evaluation.evaluate import best_candidates, fit_of, pick
-from .models.alignment import PretrainedClip
+from .models.alignment import PretrainedClip, leave_one_word_out
 from .models.beam import search_or_sample
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
-from .models.reward import RewardModel
+from .models.reward import QUALITIES, RewardModel
 from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, thin
-from .models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
+from .models.saved import Eyes
+from .pretrained import Parts, load_parts, save_parts
 from .utils.config import ConfigError, SamplerConfig
 
 MASK = "[MASK]"
@@ -110,6 +114,17 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Word:
+    word: str
+    confidence: float
+    """Of the least certain of its tokens."""
+    step: int
+    """Denoising step that completed it."""
+    credit: float
+    """Dense reward: what the caption's cosine with the image loses without the word; 0 for function words and repetitions."""
+
+
+@dataclass(frozen=True)
 class Caption:
     text: str
     confidence: float
@@ -118,6 +133,17 @@ class Caption:
     """How much people would like it, in spreads of the base model's captions around their mean; None without a reward model."""
     tokens: tuple[Token, ...]
     seed: int
+    ids: tuple[int, ...] = field(default=(), repr=False)
+    """The tokens' ids."""
+    words: tuple[Word, ...] = ()
+    """Where the reward comes from, word by word; only `Captioner.__call__` looks into it, `predict` leaves it out."""
+    qualities: dict[str, float] | None = None
+    """What the reward model thinks of accuracy, fluency and specificity: logits, 0 where its comparisons came without such reasons."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that it took."""
+        return max((token.step for token in self.tokens), default=0)
 
 
 @dataclass(frozen=True)
@@ -134,26 +160,42 @@ class Seen:
 class Captioner:
     """A trained model that captions images. The same image, seed and settings give the same caption, whatever else is in the batch."""
 
+    parts: Parts
+    """What it was read from, for saving it again; only `from_pretrained` sets it."""
+
     def __init__(self, eyes: Eyes, model: DiffusionCaptionModel, reward: RewardModel | None, plan: SamplerConfig) -> None:
         self.eyes, self.model, self.reward, self.plan = eyes, model.eval(), reward, plan
-        self.alignment = reward.evidence.alignment if reward else eyes.alignment
-        if isinstance(self.alignment, torch.nn.Module):
-            self.alignment.eval().to(model.mask.device)
         self.orders = lru_cache(maxsize=8)(self.spelled)
         if isinstance(eyes.vision, torch.nn.Module):
             eyes.vision.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, kind: Literal["base", "rlhf"] = "rlhf", device: str = "cpu") -> "Captioner":
-        """From a checkpoint, or from the folder it is in; a reward model is taken from the same folder, or the run's source.
+    def from_pretrained(cls, path: str | Path, kind: Literal["base", "rlhf"] | None = None, device: str = "cpu") -> "Captioner":
+        """From a folder or a hub id as `save_pretrained` and `push_to_hub` leave them, or from a run's checkpoint or folder of checkpoints:
+        its refined model unless `kind` says base, with the reward model beside it, or of the run that it started from.
 
         Raises CheckpointError.
         """
-        path = Path(path) / FILES[kind] if Path(path).is_dir() else Path(path)
-        eyes, model, _ = load_denoiser(path, kind)
-        found = find_reward(path, eyes.config)
-        reward = load_reward(found, words_and_owners(eyes.tokenizer))[0].to(device) if found else None
-        return cls(eyes, model.to(device), reward, eyes.config.sampler)
+        parts = load_parts(path, kind)
+        if isinstance(parts.eyes.alignment, torch.nn.Module):
+            parts.eyes.alignment.to(device)
+        captioner = cls(parts.eyes, parts.denoiser.to(device), parts.reward and parts.reward.to(device), parts.eyes.config.sampler)
+        captioner.parts = parts
+        return captioner
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """In Hugging Face's layout, with a model card; nothing pickled. For captioners that came from `from_pretrained`."""
+        save_parts(Path(folder), self.parts)
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """The same to the hub, where you are logged in (`hf auth login`); returns the address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     def __call__(
         self, images: str | Path | Image | Sequence[str | Path | Image], seed: int = 0, wishes: Wishes = FREE, **settings: object
@@ -171,14 +213,45 @@ class Captioner:
         for caption in found:
             if isinstance(caption, ObedienceError):
                 raise caption
-        return [caption for caption in found if isinstance(caption, Caption)]
+        return [self.explained(caption, one) for caption, one in zip(found, seen, strict=True) if isinstance(caption, Caption)]
+
+    def stream(self, image: str | Path | Image, seed: int = 0, wishes: Wishes = FREE, **settings: object) -> Iterator[Caption]:
+        """The caption after each denoising step, [MASK] where a word is still to come; the last one is that of a call.
+
+        It is told once it is complete, from the steps at which its words were decided; reward and confidence are those of the whole.
+        """
+        (whole,) = self(image, seed, wishes, **settings)
+        for step in range(1, whole.steps):
+            parts: list[str] = []
+            there = [token.step <= step for token in whole.tokens]
+            for shown, run in groupby(zip(there, whole.ids, strict=True), itemgetter(0)):
+                ids = [i for _, i in run]
+                parts += [decode(self.eyes.tokenizer, ids)] if shown else [MASK] * len(ids)
+            tokens = tuple(token if shown else Token(MASK, 0.0, 0) for token, shown in zip(whole.tokens, there, strict=True))
+            yield replace(whole, text=wishes.prefix + " ".join(parts) + wishes.suffix, tokens=tokens, words=())
+        yield whole
+
+    @torch.no_grad()
+    def explained(self, caption: Caption, seen: Seen) -> Caption:
+        """With the reward's parts: the dense credit of every word, and the qualities."""
+        words, owners = words_and_owners(self.eyes.tokenizer)(caption.ids)
+        credit = leave_one_word_out(self.eyes.alignment, [words], [range(len(words))], seen.joint, len(words))[0].tolist()
+        told = []
+        for i, word in enumerate(words):
+            own = [token for token, owner in zip(caption.tokens, owners, strict=True) if owner == i]
+            told.append(Word(word, min((t.confidence for t in own), default=1.0), max((t.step for t in own), default=0), credit[i]))
+        if self.reward is None:
+            return replace(caption, words=tuple(told))
+        x0, length = (x.to(self.model.mask.device) for x in pad([caption.ids], self.model.max_length))
+        scores = self.reward.members(x0, length, seen.tokens, seen.joint).mean(0)[0, 1:].tolist()  # the first is the total
+        return replace(caption, words=tuple(told), qualities=dict(zip(QUALITIES[1:], scores, strict=True)))
 
     @torch.no_grad()
     def look(self, picture: Image) -> Seen:
         """What the models see of a picture; alone, so that it is the same in every company."""
         tokens = self.eyes.vision.encode([picture]).to(torch.float16).float().to(self.model.mask.device)  # as the feature cache keeps them
-        clip = self.alignment
-        joint = clip.embed_images(clip.encode([picture]) if isinstance(clip, PretrainedClip) else tokens)
+        alignment = self.eyes.alignment
+        joint = alignment.embed_images(alignment.encode([picture]) if isinstance(alignment, PretrainedClip) else tokens)
         return Seen(content_key(picture), tokens, joint)
 
     def write(self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, wishes: Wishes = FREE) -> list[Caption | ObedienceError]:
@@ -209,7 +282,7 @@ class Captioner:
         drafts = None if known is None else known.to(device).repeat_interleave(plan.candidates, 0)
         tokens = torch.cat([s.tokens for s in seen])
         joint = torch.cat([s.joint for s in seen])
-        fit = fit_of(self.alignment, self.eyes.tokenizer, joint) if plan.clip else None
+        fit = fit_of(self.eyes.alignment, self.eyes.tokenizer, joint) if plan.clip else None
         written = search_or_sample(self.model, tokens, plan, noise, drafts, banned, fit)
         score = self.reward.score(written.x0, written.length, tokens, joint) if self.reward else None
         return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
@@ -280,7 +353,8 @@ class Captioner:
         ids, confidence, step = written.x0[row, :n].tolist(), written.confidence[row, :n].tolist(), written.step[row, :n].tolist()
         tokenizer = self.eyes.tokenizer
         tokens = tuple(Token(decode(tokenizer, [i]), c, s) for i, c, s in zip(ids, confidence, step, strict=True))
-        return Caption(decode(tokenizer, ids), float(np.exp(np.log(np.maximum(confidence, 1e-9)).mean())), reward, tokens, seed)
+        mean = float(np.exp(np.log(np.maximum(confidence, 1e-9)).mean()))
+        return Caption(decode(tokenizer, ids), mean, reward, tokens, seed, tuple(ids))
 
 
 def content_key(picture: Image) -> str:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,10 @@ from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_pl
 from .utils.interrupt import Interrupted
 from .utils.runlog import RunLog, write_json
 
+DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
 CACHE = Path("cache")
+CONFIGS = Path(__file__).with_name("configs")
+"""In the package, a link to the repository's."""
 FRESH = 4
 """New images that `train` captions at its end."""
 DRAWN = 0.5
@@ -44,17 +48,28 @@ def guarded(command: Callable[[], int]) -> int:
         return 1
 
 
+def find_config(name: str) -> Path:
+    """A file, else the one of that name that comes with the package: `default` and `configs/default.yaml` are found everywhere."""
+    path, shipped = Path(name), CONFIGS / f"{Path(name).stem}.yaml"
+    return shipped if not path.exists() and str(path.parent) in (".", "configs") and shipped.exists() else path
+
+
 def _read_config(args: argparse.Namespace) -> Config:
-    return load_config(args.config or [], args.overrides)
+    return load_config([find_config(name) for name in args.config or []], args.overrides)
 
 
-def train(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train the captioner, evaluate it, and write a report.")
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file; several are laid over each other")
+def _train_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Train the captioner, evaluate it, and write a report.")
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file, or the name of a shipped one; later ones win")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all", help="one stage only (default: all in order)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run; complete stages are kept")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="single settings, e.g. rlhf.fit.lr=1e-4")
-    return guarded(lambda: _train(parser.parse_intermixed_args(argv)))
+    return parser
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    args = _train_parser(prog).parse_intermixed_args(argv)
+    return guarded(lambda: _train(args))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -150,14 +165,19 @@ def caption_fresh_images(config: Config, console: Console) -> None:
         console.print(f"{path}: {caption.text}", highlight=False, soft_wrap=True)
 
 
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate a trained captioner on its test images.")
+def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Evaluate a trained captioner on its test images.")
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--model-type", choices=["base", "rlhf"], default="rlhf")
     parser.add_argument("--compare", type=Path, metavar="CHECKPOINT", help="another captioner on the same images; its type is its file's")
     parser.add_argument("--output", type=Path, help="folder for evaluation.json and report.html (default: results/evaluation_TYPE)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. sampler.steps=4")
-    return guarded(lambda: _evaluate(parser.parse_intermixed_args(argv)))
+    return parser
+
+
+def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
+    args = _evaluate_parser(prog).parse_intermixed_args(argv)
+    return guarded(lambda: _evaluate(args))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -215,9 +235,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 
 """
 
 
-def _predict_parser() -> argparse.ArgumentParser:
+def _predict_parser(prog: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="predict.py", description="Caption images.", epilog=INPUTS, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog=prog, description="Caption images.", epilog=INPUTS, formatter_class=raw)
     add = parser.add_argument
     add(
         "inputs",
@@ -225,7 +245,7 @@ def _predict_parser() -> argparse.ArgumentParser:
         metavar="IMAGES|key=value",
         help="see below; settings are e.g. steps=4 max_words=8 candidates=8 temperature=0.8",
     )
-    add("--checkpoint", required=True, type=Path)
+    add("--checkpoint", required=True, type=Path, help="of a run, or an exported folder, or a hub id")
     add("--model-type", choices=["base", "rlhf"], help="default: the checkpoint's own")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image-url", help="path or http(s) URL of one image")
@@ -264,8 +284,8 @@ def _predict_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def predict(argv: Sequence[str] | None = None) -> int:
-    parser = _predict_parser()
+def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
+    parser = _predict_parser(prog)
     args = parser.parse_intermixed_args(argv)
     settings = [text for text in args.inputs if re.fullmatch(r"[\w.]+=.*", text, re.DOTALL) and not os.path.exists(text)]
     args.images = [text for text in args.inputs if text not in settings]
@@ -326,16 +346,14 @@ def read_work(args: argparse.Namespace) -> Any:
     """The model and the settings, checked. Raises ConfigError, CheckpointError."""
     from .batch import Work, fingerprint
     from .captioner import Captioner, Wishes
-    from .models.saved import captioner_kind, find_reward
     from .utils.config import with_overrides
 
     texts = tuple(args.must_include), tuple(args.ban), args.template
     wishes = Wishes(*texts, args.min_words, args.max_words, args.prefix, args.suffix)
-    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type or captioner_kind(args.checkpoint))
+    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type)
     plan = with_overrides(captioner.eyes.config, args.settings).sampler
     captioner.write([], plan, args.seed, wishes)  # says what it cannot do
-    files = [args.checkpoint, find_reward(args.checkpoint, captioner.eyes.config)]
-    return Work(captioner, plan, wishes, args.seed, fingerprint([f for f in files if f], plan, wishes, args.seed))
+    return Work(captioner, plan, wishes, args.seed, fingerprint(captioner.parts.files, plan, wishes, args.seed))
 
 
 def meet(ranks: int) -> None:
@@ -382,3 +400,39 @@ def show_captions(rows: Sequence[dict[str, Any]], detail: bool) -> None:
             reward = "" if row["reward"] is None else f", reward {row['reward']:+.2f}"
             console.print(f"confidence {row['confidence']:.2f}{reward}", highlight=False)
             console.print("  ".join(f"{t['token']} {t['confidence']:.2f}" for t in row["tokens"]), style="dim", highlight=False)
+
+
+def _export_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Write a captioner in Hugging Face's layout, with a model card.")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="base or refined; the reward model beside it goes along")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    return parser
+
+
+def export(argv: Sequence[str] | None = None, prog: str = "caprefine export") -> int:
+    args = _export_parser(prog).parse_args(argv)
+    return guarded(lambda: _export(args))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .captioner import Captioner
+
+    Captioner.from_pretrained(args.checkpoint).save_pretrained(args.output)
+    print("\n".join(str(path) for path in sorted(args.output.rglob("*")) if path.is_file()))
+    return 0
+
+
+PARSERS = {"train": _train_parser, "evaluate": _evaluate_parser, "predict": _predict_parser, "export": _export_parser}
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "export": export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`caprefine COMMAND ...`: the installed command."""
+    commands = "\n".join(f"  {name:10}{parser(name).description}" for name, parser in PARSERS.items())
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="caprefine", epilog=f"commands:\n{commands}", formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"caprefine {version(DISTRIBUTION)}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help tells more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command](args.arguments, f"caprefine {args.command}")

@@ -14,7 +14,6 @@ from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
 from .diffusion import HIDDEN, valid_positions
 from .sampler import Noise, Trajectory, policy_logp, sample, score
 
-
 Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
 """Ids and lengths -> how well each caption fits its image."""
 

@@ -124,24 +124,31 @@ def load_denoiser(path: Path, kind: Literal["base", "rlhf"]) -> tuple[Eyes, Diff
     return eyes, model.eval(), payload["facts"]
 
 
-def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, Any]) -> None:
-    """The evidence's denoiser goes along; the alignment model is among the eyes."""
+def reward_payload(reward: RewardModel) -> dict[str, Any]:
+    """Weights and shape; the evidence's denoiser goes along, the alignment model is among the eyes."""
     state = {name: value for name, value in reward.state_dict().items() if not name.startswith("evidence.alignment.")}
     layers = len(reward.readers[0].blocks) if len(reward.readers) else 0  # type: ignore[arg-type, union-attr]
-    shape = {"members": len(reward.linear), "reader_layers": layers, "pessimism": reward.pessimism}
-    checkpoint.save(path, "reward", eyes_payload(eyes) | {"model": state, "shape": shape, "facts": facts})
+    return {"model": state, "shape": {"members": len(reward.linear), "reader_layers": layers, "pessimism": reward.pessimism}}
 
 
-def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
-    """The frozen reward model and the facts saved with it. Raises CheckpointError."""
-    payload = checkpoint.load(path, "reward")
-    eyes = eyes_from(payload)
+def reward_from(eyes: Eyes, words: Words, payload: dict[str, Any], path: Path) -> RewardModel:
+    """The frozen model that `reward_payload` describes; `path` is for the message of the CheckpointError."""
     reward = RewardModel(Evidence(build_denoiser(eyes), eyes.alignment, words), **payload["shape"])
     state = payload["model"]
     if isinstance(eyes.alignment, nn.Module):
         state |= {f"evidence.alignment.{name}": value for name, value in eyes.alignment.state_dict().items()}
     load_weights(reward, state, path)
-    return reward.eval().requires_grad_(False), payload["facts"]
+    return reward.eval().requires_grad_(False)
+
+
+def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, Any]) -> None:
+    checkpoint.save(path, "reward", eyes_payload(eyes) | reward_payload(reward) | {"facts": facts})
+
+
+def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
+    """The frozen reward model and the facts saved with it. Raises CheckpointError."""
+    payload = checkpoint.load(path, "reward")
+    return reward_from(eyes_from(payload), words, payload, path), payload["facts"]
 
 
 def find_reward(captioner: Path, config: Config) -> Path | None:

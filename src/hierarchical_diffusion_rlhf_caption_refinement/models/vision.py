@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -152,6 +153,12 @@ class PretrainedVision:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.projections is not None:
             self.projections.load_state_dict(state)
+
+    def save_backbone(self, folder: Path) -> None:
+        """As a Hugging Face directory with its image processor."""
+        state = {name: value for name, value in self.model.state_dict().items() if self.pooler or "pooler" not in name}
+        self.model.save_pretrained(folder, state_dict=state)
+        self.processor.save_pretrained(folder)
 
     def fingerprint(self) -> str:
         """Hash of weights, preprocessing and projection: equal fingerprints, equal tokens."""

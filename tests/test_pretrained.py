@@ -1,0 +1,152 @@
+"""Hugging Face's layout: what is saved reads back to the same captions, from a folder, from the hub, and through the Auto classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
+from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import to_pixels
+from hierarchical_diffusion_rlhf_caption_refinement.pretrained import CaptionRefiner
+from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
+
+FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture(scope="module")
+def exported(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "captioner"
+    assert cli.main(["export", "--checkpoint", str(smoke / "models/smoke/best_rlhf_model.pt"), "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Image.Image]:
+    return [render(sample_scene(9, "test", i)) for i in range(5)]
+
+
+def test_the_same_captions_rewards_and_confidences(smoke, exported, scenes, tmp_path):
+    before, after = Captioner.from_pretrained(smoke / "models/smoke"), Captioner.from_pretrained(exported)
+    for settings in ({}, {"temperature": 1.0, "candidates": 3, "seed": 4}):
+        found = after(scenes, **settings)
+        assert found == before(scenes, **settings) and all(isinstance(c.reward, float) for c in found)
+    after.save_pretrained(tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == {p.name: p.read_bytes() for p in exported.iterdir()}
+
+
+def test_a_base_model_without_a_reward(smoke, scenes, tmp_path):
+    shutil.copy(smoke / "models/smoke/best_base_model.pt", tmp_path)
+    alone = Captioner.from_pretrained(tmp_path, "base")
+    alone.save_pretrained(tmp_path / "out")
+    found = Captioner.from_pretrained(tmp_path / "out")
+    assert found(scenes) == alone(scenes) and found.reward is None and found.parts.kind == "base"
+    assert "Nothing: the run's" in (tmp_path / "out/README.md").read_text()
+
+
+def test_nothing_is_pickled_and_no_place_of_this_machine_is_told(exported):
+    assert sorted(path.name for path in exported.iterdir()) == FILES
+    assert not any(path.read_bytes().startswith((b"PK", b"\x80")) for path in exported.iterdir())
+    texts = [path.read_text() for path in exported.iterdir() if path.suffix in (".json", ".md")]
+    assert not any(str(exported.parents[1]) in text for text in texts)
+
+
+def test_the_card_has_the_measured_table(smoke, exported):
+    card, summary = (exported / "README.md").read_text(), json.loads((smoke / "results/smoke/training_summary.json").read_text())
+    assert card.startswith("---\nlibrary_name: ") and "\npipeline_tag: image-to-text\n" in card
+    gold = summary["gold"]["rlhf"]
+    assert f"| **refined by RLHF** | **{gold['accuracy']:.3f}** | **{gold['specificity']:.3f}** |" in card
+    assert f"in {summary['reward']['accuracy']['value']:.1%} (95 %:" in card and f"{summary['win_rate']['value']:.1%}" in card
+
+
+def test_transformers_reads_every_part(exported, scenes):
+    captioner = Captioner.from_pretrained(exported)
+    assert AutoConfig.from_pretrained(exported).model_type == "caprefine"
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    texts = ["A small red circle!", "two hearts on water", "a zeppelin"]
+    assert tokenizer(texts).input_ids == encode(captioner.eyes.tokenizer, texts) and tokenizer.pad_token_id == 0
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 90, 3), dtype=np.uint8))
+    pixels = AutoImageProcessor.from_pretrained(exported, backend="pil")([photo, scenes[0]], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, to_pixels([photo, scenes[0]], 64), atol=1e-5, rtol=0)
+
+
+def test_auto_model_holds_the_same_networks(exported, tmp_path):
+    model, captioner = AutoModel.from_pretrained(exported), Captioner.from_pretrained(exported)
+    assert isinstance(model, CaptionRefiner) and not model.training
+    asked = torch.tensor([[2, 3, 4]]), torch.tensor([[1, 1, 2]]), torch.tensor([3]), torch.randn(1, captioner.eyes.vision.num_tokens, 32)
+    assert torch.equal(model(*asked).logits, captioner.model(*asked).logits)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_an_id_of_the_hub_is_fetched_without_anything_that_could_hold_code(exported, scenes, monkeypatch):
+    asked = []
+
+    def fetch(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert Captioner.from_pretrained("somebody/captioner")(scenes) == Captioner.from_pretrained(exported)(scenes)
+    assert asked == [("somebody/captioner", ["*.json", "*.safetensors", "*.txt", "*.md"])]
+
+
+def test_an_id_that_is_not_there_is_one_clear_line():
+    with pytest.raises(CheckpointError, match=r"^nobody/nothing: no such file or folder, and not to be had from the hub: ") as error:
+        Captioner.from_pretrained("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_pushing_sends_the_folder(exported, monkeypatch):
+    sent: dict[str, object] = {}
+
+    class Api:
+        def create_repo(self, repo: str, **options: object) -> None:
+            sent["repo"] = (repo, options)
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> str:
+            sent["files"] = sorted(path.name for path in Path(folder_path).iterdir())
+            return f"https://hub.example/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert Captioner.from_pretrained(exported).push_to_hub("me/mine", private=True) == "https://hub.example/me/mine"
+    assert sent == {"repo": ("me/mine", {"private": True, "exist_ok": True}), "files": FILES}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("config.json", '{"model_type": "gpt2"}', "config.json: the model is of type gpt2, expected caprefine"),
+        ("config.json", "{", "damaged or cut short"),
+        ("model.safetensors", "x" * 30, "damaged or cut short"),
+        ("model.safetensors", None, "No such file or directory"),
+    ],
+)
+def test_damaged_folders_are_one_clear_line(exported, tmp_path, name, content, line):
+    shutil.copytree(exported, tmp_path / "bad")
+    path = tmp_path / "bad" / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(CheckpointError, match=line) as error:
+        Captioner.from_pretrained(tmp_path / "bad")
+    assert "\n" not in str(error.value)
+
+
+def test_another_kind_than_asked_for_is_refused(exported):
+    with pytest.raises(CheckpointError, match="is a rlhf captioner, expected base"):
+        Captioner.from_pretrained(exported, "base")
+
+
+def test_predict_takes_an_exported_folder(smoke, exported, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scenes[0].save("0.png")
+    for name, checkpoint in {"a.json": smoke / "models/smoke/best_rlhf_model.pt", "b.json": exported}.items():
+        assert cli.main(["predict", "--checkpoint", str(checkpoint), "0.png", "--output", name]) == 0
+    assert Path("a.json").read_text() == Path("b.json").read_text()
