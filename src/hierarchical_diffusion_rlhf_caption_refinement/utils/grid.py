@@ -1,0 +1,97 @@
+"""A grid of runs from a YAML file: arms x regimes x seeds, and the stages that they share."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, Stage, load_config, read_yaml
+
+Settings = dict[str, Any]
+"""`key.sub: value` of the config."""
+NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process' work: stages of one run."""
+
+    name: str
+    """Unique in the grid; folders are called after it."""
+    config: Config
+    stages: tuple[Stage, ...]
+    needs: tuple[str, ...] = ()
+    """Jobs that come first; the folder of the last holds the checkpoints to build on."""
+    regime: str = ""
+    arm: str = ""
+    """Both empty for a stage that arms share."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    """Of the file."""
+    baseline: str
+    """Arm that the others are compared with."""
+    arms: dict[str, Settings]
+    """What tells each arm; settings of the reward give the arm a reward model of its own."""
+    regimes: dict[str, Settings] = field(default_factory=lambda: {"default": {}})
+    """What all arms of a regime share, from the reward stage on."""
+    seeds: tuple[int, ...] = (0,)
+    config: tuple[str, ...] = ()
+    """Config files, relative to the grid's."""
+    settings: Settings = field(default_factory=dict)
+    """Of every run."""
+
+    def jobs(self) -> list[Job]:
+        """All jobs, seed by seed, what others need before them. Raises ConfigError if a setting is not one."""
+        found = []
+        for seed in self.seeds:
+            base = f"base/{seed}"
+            found.append(self._job(base, seed, {}, ("alignment", "base")))
+            for regime, shared in self.regimes.items():
+                reward = f"{regime}/reward/{seed}"
+                found.append(self._job(reward, seed, shared, ("reward",), (base,)))
+                for arm, own in self.arms.items():
+                    apart = any(key.startswith("reward.") for key in own)
+                    stages: tuple[Stage, ...] = ("reward", "rlhf") if apart else ("rlhf",)
+                    needs = (base,) if apart else (base, reward)
+                    found.append(self._job(f"{regime}/{arm}/{seed}", seed, shared | own, stages, needs, regime=regime, arm=arm))
+        return found
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        """What the record of an arm begins with."""
+        own = self.settings | self.regimes[job.regime] | self.arms[job.arm]
+        return {"regime": job.regime, "arm": job.arm, "seed": job.config.seed, "settings": spelled(own)}
+
+    def _job(self, name: str, seed: int, settings: Settings, stages: tuple[Stage, ...], needs: tuple[str, ...] = (), **cell: str) -> Job:
+        run = {"run": f"ablation/{self.name}/{name}", "seed": seed, "threads": 1}
+        built_on = {"start_from": f"models/ablation/{self.name}/{needs[-1]}"} if stages == ("rlhf",) else {}
+        config = load_config(self.config, [*spelled(self.settings | settings), *spelled(run | built_on)])
+        return Job(name, config, stages, needs, **cell)
+
+
+def spelled(settings: Settings) -> list[str]:
+    """As arguments of `train.py`."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def read_grid(path: Path, seeds: Sequence[int] = ()) -> Grid:
+    """The grid of a YAML file, perhaps with other seeds. Raises ConfigError."""
+    tree = read_yaml(path)
+    needed = {"baseline", "arms"}
+    may = {f.name for f in fields(Grid)} - needed - {"name"}
+    if wrong := [*(tree.keys() - needed - may), *(needed - tree.keys())]:
+        raise ConfigError(f"{path}: {wrong[0]}: a grid has baseline and arms, and may have {', '.join(sorted(may))}")
+    files = tree.pop("config", [])
+    tree["config"] = tuple(str(path.parent / name) for name in ([files] if isinstance(files, str) else files))
+    tree["seeds"] = tuple(seeds or tree.get("seeds", (0,)))
+    grid = Grid(path.stem, **{k: {n: v or {} for n, v in tree[k].items()} if k in ("arms", "regimes") else tree[k] for k in tree})
+    for name in (*grid.arms, *grid.regimes):
+        if not NAME.fullmatch(str(name)) or name in ("base", "reward"):
+            raise ConfigError(f"{path}: '{name}' is no name of an arm or a regime: letters, digits and _.+- are, base and reward are taken")
+    if grid.baseline not in grid.arms:
+        raise ConfigError(f"{path}: the baseline '{grid.baseline}' is none of the arms")
+    return grid
