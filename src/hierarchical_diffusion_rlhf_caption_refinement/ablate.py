@@ -23,7 +23,9 @@ def ablate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="regime/arm/seed, e.g. 'few/*/0'; what they need is done, too")
-    parser.add_argument("--base-from", metavar="FOLDER", help="existing alignment and base checkpoints; {seed} stands for the seed")
+    parser.add_argument(
+        "--base-from", default="", metavar="FOLDER", help="existing alignment and base checkpoints; {seed} stands for the seed"
+    )
     parser.add_argument("--output", type=Path, help="records, tables, pictures (default: docs/results/ablation_GRID)")
     parser.add_argument("--report-only", action="store_true", help="make tables and pictures of the records that there are")
     return guarded(lambda: _ablate(parser.parse_args(argv)))
@@ -33,35 +35,21 @@ def _ablate(args: argparse.Namespace) -> int:
     grid = read_grid(args.grid, args.seeds)
     output = args.output or Path("docs/results") / f"ablation_{grid.name}"
     if not args.report_only:
-        jobs = grid.jobs()
-        if args.base_from:
-            take_bases([job for job in jobs if not job.needs], args.base_from)
-        chosen = to_do(jobs, args.only, output)
+        chosen = to_do(grid.jobs(), args.only, output)
         if args.jobs:
             command = [sys.executable, "-m", __name__, str(args.grid), "--jobs", "0", "--output", str(output)]
-            command += ["--seeds", *map(str, grid.seeds)]
+            command += ["--seeds", *map(str, grid.seeds), *(["--base-from", args.base_from] if args.base_from else [])]
             run_all(grid, chosen, command, args.jobs, output)
         else:
             from .training.ablation import run_job
 
             for job in chosen:
-                run_job(grid, job, output)
+                run_job(grid, job, output, args.base_from)
             return 0
     from .evaluation.ablation import write_page
 
     print(f"tables   {write_page(grid, output, args.grid)}")
     return 0
-
-
-def take_bases(jobs: Sequence[Job], pattern: str) -> None:
-    """Existing checkpoints as those of the grid's first stages. Raises OSError if one is not there."""
-    from .models.saved import FILES
-    from .training.ablation import take
-
-    for job in jobs:
-        folder = Path(pattern.format(seed=job.config.seed))
-        take([folder / FILES[stage] for stage in job.stages], job.config.models)
-        write_json(job.config.results / "stages.json", dict.fromkeys(job.stages, 0.0))
 
 
 def done(job: Job, output: Path) -> bool:

@@ -201,7 +201,7 @@ A line's own command is the first with what its last column says. The baseline i
 {arms}
 
 Utility, accuracy, fluency and words are of the kept weights (the held-out judge's favourite of those that raise no alarm) on the test
-scenes; *beats base* is how often their caption has the higher utility, ties half. Intervals: 2,000 draws of seeds, and of scenes within each.
+scenes; *beats base* is how often their caption has the higher utility, ties half. Intervals: 2,000 draws of seeds, and of scenes in each.
 *Captions to the baseline's last*: those sampled until the utility on validation scenes first reaches the baseline's at its end, as a share
 of all that the baseline sampled; median over seeds. *Last / peak*: the same utility after the last epoch over its highest; *collapsed*
 counts seeds below .95. *KL* is in nats per caption. *Alarms* counts seeds with one in any epoch, *stopped* those that a guard ended.

@@ -29,9 +29,17 @@ def take(files: list[Path], folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def run_job(grid: Grid, job: Job, output: Path) -> None:
-    """Do what is still to do of the job's stages; an arm then leaves its record. Raises ValueError where something is missing."""
+def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
+    """Do what is still to do of the job's stages; an arm then leaves its record.
+
+    `base_from`: folder, {seed} in it standing for the seed, with the first stages' checkpoints, which are then taken from there.
+    Raises ValueError or OSError where something is missing.
+    """
     config = job.config
+    if base_from and not job.needs:
+        take([Path(base_from.format(seed=config.seed)) / FILES[stage] for stage in job.stages], config.models)
+        write_json(config.results / "stages.json", dict.fromkeys(job.stages, 0.0))
+        return
     set_threads(config.threads)
     if job.needs and not config.start_from:
         built_on = Path("models/ablation") / grid.name / job.needs[-1]
