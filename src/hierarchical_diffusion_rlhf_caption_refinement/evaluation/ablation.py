@@ -186,7 +186,10 @@ def write_page(grid: Grid, folder: Path, path: Path) -> Path:
     arms = table(["arm", "settings"], [[name.replace("_", " "), " ".join(f"`{s}`" for s in spelled(own)) or "as configured"]
                                        for name, own in grid.arms.items()])  # fmt: skip
     parts = [section(grid, folder, regime, records) for regime in grid.regimes]
-    text = PAGE.format(name=grid.name, path=path, baseline=grid.baseline.replace("_", " "), arms=arms, parts="\n".join(filter(None, parts)))
+    shown = Path(*path.parts[-3:])  # no page knows the machine that made it
+    text = PAGE.format(
+        name=grid.name, path=shown, baseline=grid.baseline.replace("_", " "), arms=arms, parts="\n".join(filter(None, parts))
+    )
     page = folder / "README.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text + ("\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""), encoding="utf-8")
