@@ -31,9 +31,9 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path, smoke: Path, capsys: pytest.CaptureFixture[str]):
     command = [str(grid), "--jobs", "0", "--output", "out"]
-    assert ablate([*command, "--only", "few/*", "--base-from", str(smoke / "models")]) == 0
+    assert ablate([*command, "--only", "few/*", "--base-from", str(smoke / "models" / "smoke")]) == 0
     base = Path("models/ablation/toy/base/0/best_base_model.pt")
-    assert base.read_bytes() == (smoke / "models" / base.name).read_bytes()  # taken, not trained
+    assert base.read_bytes() == (smoke / "models" / "smoke" / base.name).read_bytes()  # taken, not trained
     records = {arm: json.loads(Path(f"out/few/{arm}/0.json").read_text()) for arm in ("sparse_only", "one_member")}
     for arm, found in records.items():
         assert (found["regime"], found["arm"], found["seed"]) == ("few", arm, 0) and "rlhf.fit.epochs=1" in found["settings"]

@@ -39,7 +39,11 @@ def _ablate(args: argparse.Namespace) -> int:
         if args.jobs:
             command = [sys.executable, "-m", __name__, str(args.grid), "--jobs", "0", "--output", str(output)]
             command += ["--seeds", *map(str, grid.seeds), *(["--base-from", args.base_from] if args.base_from else [])]
-            run_all(grid, chosen, command, args.jobs, output)
+            try:
+                run_all(grid, chosen, command, args.jobs, output)
+            except KeyboardInterrupt:
+                print("interrupted; the same command goes on from here", file=sys.stderr)
+                return 130
         else:
             from .training.ablation import run_job
 

@@ -187,9 +187,8 @@ def write_page(grid: Grid, folder: Path, path: Path) -> Path:
                                        for name, own in grid.arms.items()])  # fmt: skip
     parts = [section(grid, folder, regime, records) for regime in grid.regimes]
     shown = Path(*path.parts[-3:])  # no page knows the machine that made it
-    text = PAGE.format(
-        name=grid.name, path=shown, baseline=grid.baseline.replace("_", " "), arms=arms, parts="\n".join(filter(None, parts))
-    )
+    baseline = grid.baseline.replace("_", " ")
+    text = PAGE.format(name=grid.name, path=shown, baseline=baseline, arms=arms, parts="\n".join(filter(None, parts)))
     page = folder / "README.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text + ("\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""), encoding="utf-8")
