@@ -31,7 +31,9 @@ def test_expectations_are_those_over_all_subsets(bench: Any, n: int):
 def test_the_curve_of_a_finished_run(bench: Any, smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["best_of_n.py", "--models", str(smoke / "models"), "--images", "10", "--candidates", "4", "--output", "o/b.json"]
+        sys,
+        "argv",
+        ["best_of_n.py", "--models", str(smoke / "models" / "smoke"), "--images", "10", "--candidates", "4", "--output", "o/b.json"],
     )
     bench.main()
     found = json.loads(Path("o/b.json").read_text())

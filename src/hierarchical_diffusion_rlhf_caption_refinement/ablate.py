@@ -23,9 +23,7 @@ def ablate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="regime/arm/seed, e.g. 'few/*/0'; what they need is done, too")
-    parser.add_argument(
-        "--base-from", default="", metavar="FOLDER", help="existing alignment and base checkpoints; {seed} stands for the seed"
-    )
+    parser.add_argument("--base-from", default="", metavar="FOLDER", help="where it exists: alignment and base models; {seed} is the seed")
     parser.add_argument("--output", type=Path, help="records, tables, pictures (default: docs/results/ablation_GRID)")
     parser.add_argument("--report-only", action="store_true", help="make tables and pictures of the records that there are")
     return guarded(lambda: _ablate(parser.parse_args(argv)))

@@ -77,7 +77,7 @@ def test_the_page_has_a_line_per_arm_with_its_command_and_pictures(tmp_path: Pat
         json.dumps({"regime": "few", "arm": "hierarchical", "seed": 2, "settings": [], "error": "exit code 1: the disk is full"})
     )
     arms = {"sparse_only": {"shaping.clip_weight": 0.0}, "hierarchical": {}, "not_yet_run": {}}
-    grid = Grid("toy", "sparse_only", arms, {"few": {"reward.comparisons": 300}, "many": {}})
+    grid = Grid("toy", "sparse_only", arms, {"few": {"reward.comparisons": 300}, "many": {}}, (0, 1), (), {})
     text = write_page(grid, tmp_path, Path("configs/toy.yaml")).read_text()
     lines = [line for line in text.splitlines() if "`--only" in line]
     assert len(lines) == 2 and lines[1].startswith("| hierarchical | 2 |") and "--only 'few/hierarchical/*'" in lines[1]

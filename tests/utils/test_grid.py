@@ -58,10 +58,11 @@ def test_every_shipped_grid_is_one(path):
     ("old", "new", "message"),
     [
         ("baseline: plain", "baseline: best", "the baseline 'best' is none of the arms"),
-        ("seeds:", "sedes:", "sedes: a grid has baseline and arms, and may have config, regimes, seeds, settings"),
+        ("seeds:", "sedes:", "sedes: a grid has arms and a baseline, and may have config, regimes, seeds, settings"),
         ("baseline: plain", "", "baseline: a grid has"),
         ("  alone:", "  a/b:", "'a/b' is no name"),
         ("  alone:", "  reward:", "'reward' is no name"),
+        ("{rlhf.group: 5}", "[rlhf.group=5]", "settings: expected key: value pairs"),
         ("rlhf.group: 5", "rlhf.groups: 5", "unknown key 'rlhf.groups'; did you mean 'rlhf.group'"),
         ("reward.members: 1", "rlhf.kl: much", "rlhf.kl"),
     ],

@@ -198,7 +198,7 @@ def write_page(grid: Grid, folder: Path, path: Path) -> Path:
 PAGE = """# Ablation: {name}
 
 Made by `python scripts/ablate.py {path}`; again from the records, without training, by `python scripts/ablate.py {path} --report-only`.
-A line's own command is the first with what its last column says. The baseline is *{baseline}*.
+A line alone: the first command with what the line's last column says. The baseline is *{baseline}*.
 
 {arms}
 

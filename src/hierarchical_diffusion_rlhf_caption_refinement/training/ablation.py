@@ -21,29 +21,27 @@ CURVE = ("gold_utility", "gold_accuracy", "gold_fluency", "gold_mean_words", "kl
 """What an epoch's row keeps of the held-out measures."""
 
 
-def take(files: list[Path], folder: Path) -> None:
-    """Copy checkpoints that are not there yet."""
+def take(start: Path, folder: Path) -> None:
+    """Copy the checkpoints of the first two stages."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    for name in (FILES["alignment"], FILES["base"]):
+        shutil.copyfile(start / name, folder / name)
 
 
 def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     """Do what is still to do of the job's stages; an arm then leaves its record.
 
-    `base_from`: folder, {seed} in it standing for the seed, with the first stages' checkpoints, which are then taken from there.
+    `base_from`: folder, {seed} in it standing for the seed; where there is one, the first two stages are taken from it.
     Raises ValueError or OSError where something is missing.
     """
-    config = job.config
-    if base_from and not job.needs:
-        take([Path(base_from.format(seed=config.seed)) / FILES[stage] for stage in job.stages], config.models)
+    config, start = job.config, Path(base_from.format(seed=job.config.seed))
+    if base_from and not job.needs and start.is_dir():
+        take(start, config.models)
         write_json(config.results / "stages.json", dict.fromkeys(job.stages, 0.0))
         return
     set_threads(config.threads)
     if job.needs and not config.start_from:
-        built_on = Path("models/ablation") / grid.name / job.needs[-1]
-        take([built_on / FILES["alignment"], built_on / FILES["base"]], config.models)
+        take(Path("models/ablation") / grid.name / job.needs[-1], config.models)
     log = RunLog(config.results)
     pipeline = Pipeline(Run(config, Accelerator(cpu=not torch.cuda.is_available()), log, True, CACHE))
     pipeline.train(job.stages)
@@ -60,8 +58,8 @@ def record_path(output: Path, job: Job) -> Path:
 def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict[str, Any]:
     """The learning curve on held-out images, and the kept weights on the test images next to the base model."""
     config = job.config
-    refined, base = (evaluate_checkpoint(path, kind, config, CACHE) for path, kind in (
-        (config.models / FILES["rlhf"], "rlhf"), (config.sources / FILES["base"], "base")))  # fmt: skip
+    refined = evaluate_checkpoint(config.models / FILES["rlhf"], "rlhf", config, CACHE)
+    base = evaluate_checkpoint(config.sources / FILES["base"], "base", config, CACHE)
     if refined.gold is None or base.gold is None:
         raise ValueError("an ablation needs captions whose true quality is known: data.source=scenes")
     rows = [

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ class Grid:
     """Arm that the others are compared with."""
     arms: dict[str, Settings]
     """What tells each arm; settings of the reward give the arm a reward model of its own."""
-    regimes: dict[str, Settings] = field(default_factory=lambda: {"default": {}})
+    regimes: dict[str, Settings]
     """What all arms of a regime share, from the reward stage on."""
-    seeds: tuple[int, ...] = (0,)
-    config: tuple[str, ...] = ()
+    seeds: tuple[int, ...]
+    config: tuple[str, ...]
     """Config files, relative to the grid's."""
-    settings: Settings = field(default_factory=dict)
+    settings: Settings
     """Of every run."""
 
     def jobs(self) -> list[Job]:
@@ -80,18 +80,18 @@ def spelled(settings: Settings) -> list[str]:
 
 def read_grid(path: Path, seeds: Sequence[int] = ()) -> Grid:
     """The grid of a YAML file, perhaps with other seeds. Raises ConfigError."""
-    tree = read_yaml(path)
-    needed = {"baseline", "arms"}
-    may = {f.name for f in fields(Grid)} - needed - {"name"}
-    if wrong := [*(tree.keys() - needed - may), *(needed - tree.keys())]:
-        raise ConfigError(f"{path}: {wrong[0]}: a grid has baseline and arms, and may have {', '.join(sorted(may))}")
-    files = tree.pop("config", [])
-    tree["config"] = tuple(str(path.parent / name) for name in ([files] if isinstance(files, str) else files))
-    tree["seeds"] = tuple(seeds or tree.get("seeds", (0,)))
-    grid = Grid(path.stem, **{k: {n: v or {} for n, v in tree[k].items()} if k in ("arms", "regimes") else tree[k] for k in tree})
-    for name in (*grid.arms, *grid.regimes):
-        if not NAME.fullmatch(str(name)) or name in ("base", "reward"):
+    tree = {"config": [], "seeds": [0], "settings": {}, "regimes": {"default": {}}} | read_yaml(path)
+    known = {f.name for f in fields(Grid)} - {"name"}
+    if wrong := sorted(known ^ tree.keys()):
+        raise ConfigError(f"{path}: {wrong[0]}: a grid has arms and a baseline, and may have config, regimes, seeds, settings")
+    if wrong := [key for key in ("arms", "regimes", "settings") if not isinstance(tree[key], dict)]:
+        raise ConfigError(f"{path}: {wrong[0]}: expected key: value pairs")
+    arms, regimes = ({str(name): own or {} for name, own in tree[key].items()} for key in ("arms", "regimes"))
+    for name in (*arms, *regimes):
+        if not NAME.fullmatch(name) or name in ("base", "reward"):
             raise ConfigError(f"{path}: '{name}' is no name of an arm or a regime: letters, digits and _.+- are, base and reward are taken")
-    if grid.baseline not in grid.arms:
-        raise ConfigError(f"{path}: the baseline '{grid.baseline}' is none of the arms")
-    return grid
+    if tree["baseline"] not in arms:
+        raise ConfigError(f"{path}: the baseline '{tree['baseline']}' is none of the arms")
+    files = [tree["config"]] if isinstance(tree["config"], str) else tree["config"]
+    config = tuple(str(path.parent / name) for name in files)
+    return Grid(path.stem, tree["baseline"], arms, regimes, tuple(seeds or tree["seeds"]), config, tree["settings"])
