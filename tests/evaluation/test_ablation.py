@@ -19,8 +19,11 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import Grid
 
 
 def record(arm: str, seed: int, gold: list[float], utility: np.ndarray, **more: Any) -> dict[str, Any]:
-    rows = [{"epoch": i, "step": 5 * i, "gold_utility": g, "gold_accuracy": g, "kl": float(i), "judge": g, "reward": g, "alarms": 0.0}
-            for i, g in enumerate(gold)]  # fmt: skip
+    rows = [
+        {"epoch": i, "step": 5 * i, "seconds": 6.0 * i, "kl": float(i), "alarms": 0.0}
+        | {"gold_utility": g, "gold_accuracy": g, "judge": g, "reward": g}
+        for i, g in enumerate(gold)
+    ]
     facts = {"regime": "few", "arm": arm, "seed": seed, "settings": [], "captions_per_update": 10, "rows": rows, "seconds": {"rlhf": 1.0}}
     test = {"accuracy": 0.9, "fluency": 0.8, "mean_words": 9.0, "utility": float(utility.mean())}
     return facts | {"test": test, "win_rate": {"value": 0.7}, "reward_accuracy": {"value": 0.71}, "utility": utility.tolist()} | more

@@ -98,7 +98,7 @@ def spell(interval: Interval | None, sign: str = "") -> str:
 
 COLUMNS = (
     "arm", "seeds", "utility (95 %)", "less the baseline's, paired (95 %)", "accuracy", "fluency", "words", "beats base", "KL",
-    "captions to the baseline's last", "last / peak: mean, worst", "collapsed", "alarms", "stopped", "command",
+    "captions to the baseline's last", "minutes", "last, held out", "last / peak: mean, worst", "collapsed", "alarms", "stopped", "command",
 )  # fmt: skip
 
 
@@ -110,6 +110,7 @@ def line(name: str, arm: Arm, baseline: Arm, command: str) -> list[str]:
         *(f"{mean(arm, lambda r, k=k: r['test'][k]):.3f}" for k in ("accuracy", "fluency")),
         f"{mean(arm, lambda r: r['test']['mean_words']):.1f}", f"{mean(arm, lambda r: r['win_rate']['value']):.2f}",
         f"{mean(arm, lambda r: kept_row(r)['kl']):.1f}", f"{share:.2f}" if math.isfinite(share) else "not reached",
+        f"{mean(arm, lambda r: r['rows'][-1]['seconds'] / 60):.1f}", f"{mean(arm, lambda r: gold_curve(r)[1][-1]):.3f}",
         f"{np.mean(ends):.3f}, {min(ends):.3f}", f"{sum(end < 0.95 for end in ends)} of {len(ends)}",
         f"{sum(any(row.get('alarms') for row in r['rows']) for r in arm)} of {len(arm)}",
         f"{sum(bool(r['rows'][-1].get('stopped')) for r in arm)} of {len(arm)}", f"`{command}`",
@@ -205,8 +206,9 @@ A line alone: the first command with what the line's last column says. The basel
 Utility, accuracy, fluency and words are of the kept weights (the held-out judge's favourite of those that raise no alarm) on the test
 scenes; *beats base* is how often their caption has the higher utility, ties half. Intervals: 2,000 draws of seeds, and of scenes in each.
 *Captions to the baseline's last*: those sampled until the utility on validation scenes first reaches the baseline's at its end, as a share
-of all that the baseline sampled; median over seeds. *Last / peak*: the same utility after the last epoch over its highest; *collapsed*
-counts seeds below .95. *KL* is in nats per caption. *Alarms* counts seeds with one in any epoch, *stopped* those that a guard ended.
+of all that the baseline sampled; median over seeds. *Minutes* are the updates', without the evaluation. *Last*: the same utility after the
+last epoch; *last / peak*: over its highest; *collapsed* counts seeds below .95. *KL* is in nats per caption. *Alarms* counts seeds with one
+in any epoch, *stopped* those that a guard ended.
 Bands in the pictures are two standard errors over seeds.
 
 {parts}"""
