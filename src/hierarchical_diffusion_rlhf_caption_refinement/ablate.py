@@ -35,6 +35,7 @@ def _ablate(args: argparse.Namespace) -> int:
     if not args.report_only:
         chosen = to_do(grid.jobs(), args.only, output)
         if args.jobs:
+            grid.check()
             command = [sys.executable, "-m", __name__, str(args.grid), "--jobs", "0", "--output", str(output)]
             command += ["--seeds", *map(str, grid.seeds), *(["--base-from", args.base_from] if args.base_from else [])]
             try:
@@ -56,7 +57,7 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def done(job: Job, output: Path) -> bool:
     """Whether an arm has its record, or a shared stage its time."""
-    path = output / f"{job.name}.json" if job.arm else job.config.results / "stages.json"
+    path = output / f"{job.name}.json" if job.arm else job.results / "stages.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return bool(found) and "error" not in found if job.arm else set(job.stages) <= found.keys()
 
@@ -102,7 +103,7 @@ def run_all(grid: Grid, jobs: Sequence[Job], command: list[str], processes: int,
 
 
 def log_of(job: Job) -> Path:
-    return job.config.results / "log.txt"
+    return job.results / "log.txt"
 
 
 def start(job: Job, command: list[str]) -> "subprocess.Popen[bytes]":

@@ -38,7 +38,7 @@ def test_jobs_come_after_what_they_need_and_know_their_settings(tmp_path):
     ])  # fmt: skip
     assert (alone.needs, alone.stages, alone.config.start_from) == (("base/3",), ("reward", "rlhf"), "")  # a reward of its own
     assert alone.config.reward.comparisons == load_config().reward.comparisons and not of["many/reward/3"].arm
-    assert {job.config.seed for job in read_grid(grid_of(tmp_path), [8]).jobs()} == {8}
+    assert {job.seed for job in read_grid(grid_of(tmp_path), [8]).jobs()} == {8}
 
 
 def test_facts_tell_all_settings_as_arguments(tmp_path):
@@ -51,7 +51,7 @@ def test_facts_tell_all_settings_as_arguments(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_grid_is_one(path):
-    assert all(job.config.threads == 1 for job in read_grid(path).jobs())
+    read_grid(path).check()
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_every_shipped_grid_is_one(path):
 )
 def test_what_is_no_grid_is_refused_before_hours_of_work(tmp_path, old, new, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        read_grid(grid_of(tmp_path, TEXT.replace(old, new))).jobs()
+        read_grid(grid_of(tmp_path, TEXT.replace(old, new))).check()
     assert "\n" not in str(caught.value)

@@ -34,7 +34,7 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     `base_from`: folder, {seed} in it standing for the seed; where there is one, the first two stages are taken from it.
     Raises ValueError or OSError where something is missing.
     """
-    config, start = job.config, Path(base_from.format(seed=job.config.seed))
+    config, start = job.config, Path(base_from.format(seed=job.seed))
     if base_from and not job.needs and start.is_dir():
         take(start, config.models)
         write_json(config.results / "stages.json", dict.fromkeys(job.stages, 0.0))

@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,26 @@ class Job:
 
     name: str
     """Unique in the grid; folders are called after it."""
-    config: Config
+    seed: int
+    files: tuple[str, ...]
+    arguments: tuple[str, ...]
+    """Config files and what is laid over them."""
+    run: str
     stages: tuple[Stage, ...]
     needs: tuple[str, ...] = ()
     """Jobs that come first; the folder of the last holds the checkpoints to build on."""
     regime: str = ""
     arm: str = ""
     """Both empty for a stage that arms share."""
+
+    @cached_property
+    def config(self) -> Config:
+        """Raises ConfigError."""
+        return load_config(self.files, self.arguments)
+
+    @property
+    def results(self) -> Path:
+        return Path("results") / self.run
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ class Grid:
     """Of every run."""
 
     def jobs(self) -> list[Job]:
-        """All jobs, seed by seed, what others need before them. Raises ConfigError if a setting is not one."""
+        """All jobs, seed by seed, what others need before them."""
         found = []
         for seed in self.seeds:
             base = f"base/{seed}"
@@ -64,13 +78,18 @@ class Grid:
     def facts(self, job: Job) -> dict[str, Any]:
         """What the record of an arm begins with."""
         own = self.settings | self.regimes[job.regime] | self.arms[job.arm]
-        return {"regime": job.regime, "arm": job.arm, "seed": job.config.seed, "settings": spelled(own)}
+        return {"regime": job.regime, "arm": job.arm, "seed": job.seed, "settings": spelled(own)}
 
     def _job(self, name: str, seed: int, settings: Settings, stages: tuple[Stage, ...], needs: tuple[str, ...] = (), **cell: str) -> Job:
-        run = {"run": f"ablation/{self.name}/{name}", "seed": seed, "threads": 1}
+        run = f"ablation/{self.name}/{name}"
         built_on = {"start_from": f"models/ablation/{self.name}/{needs[-1]}"} if stages == ("rlhf",) else {}
-        config = load_config(self.config, [*spelled(self.settings | settings), *spelled(run | built_on)])
-        return Job(name, config, stages, needs, **cell)
+        arguments = spelled(self.settings | settings | {"run": run, "seed": seed, "threads": 1} | built_on)
+        return Job(name, seed, self.config, tuple(arguments), run, stages, needs, **cell)
+
+    def check(self) -> None:
+        """Raises ConfigError if a setting is none: of one seed, because loading a config takes a while."""
+        for job in replace(self, seeds=self.seeds[:1]).jobs():
+            load_config(job.files, job.arguments)
 
 
 def spelled(settings: Settings) -> list[str]:
