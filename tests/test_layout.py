@@ -52,7 +52,7 @@ def test_no_file_knows_where_it_was_written():
     assert found == []
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "ablate"])
 def test_scripts_are_thin_and_explain_themselves(name):
     path = ROOT / "scripts" / f"{name}.py"
     assert len(path.read_text().splitlines()) < 10

@@ -13,6 +13,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import (
     Shaped,
     centre,
     centred_dense,
+    dealt_out,
+    dense_from_caption,
     dense_from_potential,
     dense_from_words,
 )
@@ -78,6 +80,23 @@ def test_to_go_sums_this_step_and_all_later_ones() -> None:
     centred = to_go - to_go.mean(0)
     expected = torch.stack([centred[0, [0, 1, 1, 2]], centred[1, [2, 0, 2, 2]]])
     torch.testing.assert_close(centred_dense(dense, step, 2, "to_go"), expected)
+
+
+def test_a_whole_captions_score_is_a_second_sparse_reward() -> None:
+    step, _, _, sparse = rollout()
+    score = torch.randn(8, generator=torch.Generator().manual_seed(4))
+    found = shape(config("to_go", kappa=0.0), dense_from_caption(score, step, STEPS), sparse, step, scales=Scales(0.5, 2.0))
+    expected = 0.5 * centre(score, GROUP) / 0.5 + 0.5 * centre(sparse, GROUP) / 2.0
+    torch.testing.assert_close(found.advantage, expected[:, None] * (step < HIDDEN))
+
+
+def test_dealing_out_keeps_the_values_and_loses_their_owners() -> None:
+    step, _, _, _ = rollout()
+    z, written = torch.arange(40.0).view(8, 5), step < HIDDEN
+    found = dealt_out(z, written, torch.Generator().manual_seed(0))
+    assert torch.equal(found[written].sort().values, z[written]) and torch.equal(found[~written], z[~written])
+    assert (found[written] != z[written]).float().mean() > 0.8
+    assert torch.equal(found, dealt_out(z, written, torch.Generator().manual_seed(0)))
 
 
 def test_potential_credit_telescopes() -> None:

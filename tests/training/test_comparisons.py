@@ -82,6 +82,20 @@ def test_every_pair_is_shown_to_different_raters_with_the_sides_at_random(world:
     assert found == judged(shown, corpus, seed=0, judges=2)
 
 
+def test_raters_can_be_told_to_like_longer_captions(world: Any) -> None:
+    corpus = world.corpora["val"]
+    shown = [(i % 8, corpus.examples[i % 8].captions[0], corpus.examples[i % 8].captions[0] + " and a star") for i in range(160)]
+
+    def longer(found: list[Comparison]) -> float:
+        return sum(getattr(c, c.choice).endswith("and a star") for c in found if c.choice in ("a", "b")) / len(found)
+
+    assert longer(judged(shown, corpus, seed=0, length_bias=0.2)) > 2 * longer(judged(shown, corpus, seed=0))
+    config = replace(world.config, reward=replace(world.config.reward, length_bias=0.2))
+    plain, biased = (simulated(c, world.denoiser(), world.corpora) for c in (world.config, config))
+    assert plain.train.comparisons != biased.train.comparisons and plain.test.comparisons != biased.test.comparisons
+    assert [(c.image, c.a, c.b) for c in plain.train.comparisons] == [(c.image, c.a, c.b) for c in biased.train.comparisons]
+
+
 def test_fact_pairs_differ_in_one_word_that_only_the_image_tells(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = world.corpora["test"]
     texts = [example.captions[0] for example in corpus.examples]

@@ -204,6 +204,8 @@ SHAPINGS = {
     "default": ShapingConfig(),
     "to go": ShapingConfig(credit="to_go"),
     "potential": ShapingConfig(dense="step_potential", credit="potential"),
+    "shuffled": ShapingConfig(shuffle_alpha=True),
+    "caption": ShapingConfig(dense="caption", credit="to_go"),
     "step potential": ShapingConfig(dense="step_potential"),
     "sparse": ShapingConfig(clip_weight=0.0),
     "sparse potential": ShapingConfig(clip_weight=0.0, dense="step_potential", credit="potential"),
@@ -252,6 +254,31 @@ def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf)
     base = score(trainer.reference, t.x0, t.step, t.length, image, trainer.config.rlhf.temperature)
     torch.testing.assert_close(rollout.reference, base.distribution)
     torch.testing.assert_close(rollout.length_reference, base.length_distribution)
+
+
+def test_shuffled_alphas_have_the_same_histogram(world: Any, run_of: RunOf) -> None:
+    shaping = ShapingConfig(clip_weight=0.5, preference_weight=0.5)
+    plain, shuffled = (trainer_of(world, run_of, shaping=replace(shaping, shuffle_alpha=on)).roll(0) for on in (False, True))
+    same = {k for k in plain.facts if k == "alpha" or k.startswith("alpha_0")} | {"reward", "dense_reward"}
+    assert {k: shuffled.facts[k] for k in same} == pytest.approx({k: plain.facts[k] for k in same}) and len(same) > 10
+    assert torch.equal(shuffled.x0, plain.x0) and not torch.allclose(shuffled.advantage, plain.advantage)
+
+
+@pytest.mark.parametrize("logprob", ["trajectory", "mean_field"])
+def test_the_ratio_starts_at_one_whichever_probabilities_are_improved(world: Any, run_of: RunOf, logprob: str) -> None:
+    trainer = trainer_of(world, run_of, rlhf={"logprob": logprob})
+    trainer.reference = world.denoiser(1).requires_grad_(False)
+    rollout, config = trainer.roll(0), trainer.config.rlhf
+    mine, base = (score(m, rollout.x0, rollout.step, rollout.length, rollout.image, config.temperature)
+                  for m in (trainer.policy, trainer.reference))  # fmt: skip
+    torch.testing.assert_close(mine.logp, rollout.logp, atol=1e-5, rtol=0)
+    torch.testing.assert_close(base.distribution, rollout.reference)
+    written = rollout.step < HIDDEN
+    assert set(rollout.step[written].tolist()) == ({1} if logprob == "mean_field" else {1, 2, 3})
+    if logprob == "mean_field":  # no token knows of another
+        other = torch.where(torch.arange(12) == 0, (rollout.x0 % 3) + 5, rollout.x0)
+        seen = score(trainer.policy, other, rollout.step, rollout.length, rollout.image, config.temperature)
+        torch.testing.assert_close(seen.logp[:, 1:], rollout.logp[:, 1:], atol=1e-5, rtol=0)
 
 
 def test_rollouts_can_be_replayed_and_serve_their_updates(world: Any, run_of: RunOf) -> None:

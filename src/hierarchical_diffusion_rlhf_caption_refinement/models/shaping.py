@@ -59,6 +59,20 @@ def dense_from_potential(potential: Float[Tensor, "B S"], credited: Bool[Tensor,
     return Dense(own * credited, gain, credited, potential)
 
 
+def dense_from_caption(score: Float[Tensor, " B"], step: Int[Tensor, "B T"], steps: int) -> Dense:
+    """Every written token earns the whole caption's score. It comes after the last step: to go is the score less the group's mean."""
+    written = (step > 0) & (step <= steps)
+    per_step = torch.zeros(len(score), steps, device=score.device)
+    per_step[:, -1] = score
+    return Dense(score[:, None] * written, per_step, written)
+
+
+def dealt_out(z: Float[Tensor, "B T"], written: Bool[Tensor, "B T"], generator: torch.Generator) -> Float[Tensor, "B T"]:
+    """The values of written tokens in random places: what they were is kept, whose they were is lost."""
+    values, order = z[written], torch.randperm(int(written.sum()), generator=generator)
+    return z.masked_scatter(written, values[order.to(z.device)])
+
+
 def _sum_by_step(value: Float[Tensor, "B T"], step: Int[Tensor, "B T"], steps: int) -> Float[Tensor, "B K"]:
     inside = (step > 0) & (step <= steps)
     return torch.zeros(len(value), steps, device=value.device).scatter_add(1, (step - 1).clamp(0, steps - 1), value * inside)

@@ -110,9 +110,9 @@ def drawn_pairs(model: DiffusionCaptionModel, corpus: Corpus, count: int, seed: 
     return pairs[:count]
 
 
-def judged(pairs: Sequence[tuple[int, str, str]], corpus: Corpus, seed: int, judges: int = 1) -> list[Comparison]:
+def judged(pairs: Sequence[tuple[int, str, str]], corpus: Corpus, seed: int, judges: int = 1, length_bias: float = 0.0) -> list[Comparison]:
     """Each pair shown to `judges` different simulated raters, the sides at random; the truth itself is not recorded."""
-    people, found = panel(seed), []
+    people, found = panel(seed, length_bias=length_bias), []
     for i, (row, first, second) in enumerate(pairs):
         rng = random.Random(seed_of(seed, "judge", i))
         a, b = (first, second) if rng.random() < 0.5 else (second, first)
@@ -180,14 +180,14 @@ def with_repeating(comparisons: Sequence[Comparison], share: float, seed: int) -
 
 def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
     """Simulated raters compare the base model's captions of scenes; held-out pairs are shown to two of them."""
-    seed, most = config.seed, max(config.reward.comparisons, *config.reward.curve, 1)
+    seed, bias, most = config.seed, config.reward.length_bias, max(config.reward.comparisons, *config.reward.curve, 1)
     counts = {"train": (most, 1), "val": (min(HELD_OUT_PAIRS, most), 2), "test": (min(TEST_PAIRS, most), 2)}
     pairs: dict[str, Pairs] = {}
     for split, (count, judges) in counts.items():
         shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
-        pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges), corpora[split])
+        pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges, bias), corpora[split])
     swapped = [pair for swap in range(SWAPS) for pair in fact_pairs(base, corpora["test"], config, seed_of(seed, "swap", swap))]
-    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"))
+    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"), length_bias=bias)
     return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
 
 

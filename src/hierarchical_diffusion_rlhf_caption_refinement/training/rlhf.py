@@ -6,7 +6,7 @@ Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocab
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,22 @@ from torch import Tensor, nn
 from ..data.corpus import Corpus
 from ..data.streams import batch_indices, share
 from ..evaluation.evaluate import gold_of, text_statistics, write_captions
-from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential
+from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential, text_scores
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import HIDDEN
 from ..models.reward import RewardModel, Words
 from ..models.sampler import Score, Trajectory, noise_for, sample, score
 from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
-from ..models.shaping import Dense, HierarchicalRewardShaper, Scales, Shaped, dense_from_potential, dense_from_words
+from ..models.shaping import (
+    Dense,
+    HierarchicalRewardShaper,
+    Scales,
+    Shaped,
+    dealt_out,
+    dense_from_caption,
+    dense_from_potential,
+    dense_from_words,
+)
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, validation_loss
@@ -72,6 +81,8 @@ def dense_reward(
     if config.dense == "leave_one_word_out":
         credit = leave_one_word_out(alignment, [w for w, _ in said], [o for _, o in said], joint, width)
         return dense_from_words(credit, credited, t.step, steps)
+    if config.dense == "caption":
+        return dense_from_caption(text_scores(alignment, [" ".join(w) for w, _ in said], joint), t.step, steps)
     assert t.drafts is not None
     drafts = [[" ".join(words(draft[:n])[0]) for draft in row] for row, n in zip(t.drafts.tolist(), t.length.tolist(), strict=True)]
     return dense_from_potential(step_potential(alignment, drafts, joint), credited, t.step)
@@ -177,21 +188,30 @@ class Trainer:
         config, group = self.config.rlhf, self.config.rlhf.group
         with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1; rewards stay exact
             t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index))
-            base = score(self.reference, t.x0, t.step, t.length, image, config.temperature)
+            learned = t if config.logprob == "trajectory" else self.mean_field(t, image)
+            base = score(self.reference, t.x0, learned.step, t.length, image, config.temperature)
         sparse = self.reward.score(t.x0, t.length, image, joint)
         dense = self.dense(t, joint.repeat_interleave(group, 0))
         shaper = HierarchicalRewardShaper(self.config.shaping)
         scales = self.update_scales(*shaper.squares(dense, sparse, t.step, group))
         mean, std = self.extra["confidence"]
-        shaped = shaper(dense, sparse, (log_odds(t.confidence) - mean) / std, t.step, group, scales)
+        z = (log_odds(t.confidence) - mean) / std
+        if self.config.shaping.shuffle_alpha:
+            z = dealt_out(z, (t.step > 0) & (t.step < HIDDEN), generator(self.config.seed, "shuffled alpha", index))
+        shaped = shaper(dense, sparse, z, t.step, group, scales)
         anchor = None
         if config.anchor:
             g = generator(self.config.seed, "anchor", index)
             anchor = caption_batch(self.corpus, self.rows(index), slice(None), self.config.base, g)
         return Rollout(
-            t.x0, t.step, t.length, image, t.logp, t.length_logp, shaped.advantage, shaped.length,
+            t.x0, learned.step, t.length, image, learned.logp, t.length_logp, shaped.advantage, shaped.length,
             base.distribution, base.length_distribution, anchor, rollout_facts(t, dense, sparse, shaped, group),
         )  # fmt: skip
+
+    def mean_field(self, t: Trajectory, image: Float[Tensor, "N P F"]) -> Trajectory:
+        """The same captions as if all their tokens had been drawn in one step, with the policy's probabilities for that."""
+        step = torch.where(t.step == HIDDEN, HIDDEN, t.step.clamp(max=1))
+        return replace(t, step=step, logp=score(self.policy, t.x0, step, t.length, image, self.config.rlhf.temperature).logp)
 
     def dense(self, t: Trajectory, joint: Float[Tensor, "B E"]) -> Dense:
         config = self.config

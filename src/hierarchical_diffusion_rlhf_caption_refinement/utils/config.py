@@ -229,6 +229,8 @@ class RewardConfig:
     """Share of people's comparisons and ratings to which a caption that repeats itself is added, as the loser: they never show any."""
     l2: float = 0.01
     """Ridge penalty of the linear head."""
+    length_bias: float = 0.0
+    """Liking that simulated raters add per word, in utility: a fault for studies of what it does to RLHF."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=5, batch_size=64, lr=3e-4))
 
 
@@ -242,7 +244,10 @@ class ShapingConfig:
     """Weight of the sparse preference reward."""
     kappa: float = 1.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
-    dense: Literal["leave_one_word_out", "step_potential"] = "leave_one_word_out"
+    shuffle_alpha: bool = False
+    """Deal the alphas of a rollout out to its tokens at random: the same histogram, without what confidence tells."""
+    dense: Literal["leave_one_word_out", "step_potential", "caption"] = "leave_one_word_out"
+    """Who earns CLIP's score: each word what it adds, each step what it adds, or every token all of it (no credit by token)."""
     credit: Literal["local", "to_go", "potential"] = "local"
     alpha_min: float = 0.1
     alpha_max: float = 0.9
@@ -279,6 +284,8 @@ class RLHFConfig:
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
     """Weight of the base objective on reference captions."""
+    logprob: Literal["trajectory", "mean_field"] = "trajectory"
+    """Probabilities that are improved and held close to the base: exact, or each token's from the fully masked caption (diffu-GRPO)."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, epoch_size=400, batch_size=16, lr=3e-4, ema_decay=0.9))
 
     def __post_init__(self) -> None:
@@ -357,7 +364,8 @@ Layer = tuple[str, Any]
 """Where settings come from, for messages, and the settings."""
 
 
-def _layer(where: str, read: Callable[[], Any]) -> Layer:
+def _read(where: str, read: Callable[[], Any]) -> Layer:
+    """The settings as they are, one that is a mapping."""
     try:
         node = read()
     except OSError as error:
@@ -365,11 +373,19 @@ def _layer(where: str, read: Callable[[], Any]) -> Layer:
     except Exception as error:  # PyYAML's own error classes are not OmegaConf's
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     tree = OmegaConf.to_container(node)
-    if tree is None:
-        return where, {}
-    _require(isinstance(tree, dict), f"{where}: expected key: value pairs")
-    _check_keys(tree, where)
-    return where, node
+    _require(isinstance(tree, dict | None), f"{where}: expected key: value pairs")
+    return where, tree or {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file that is no config of a run. Raises ConfigError."""
+    return _read(str(path), lambda: OmegaConf.load(path))[1]
+
+
+def _layer(where: str, read: Callable[[], Any]) -> Layer:
+    layer = _read(where, read)
+    _check_keys(layer[1], where)
+    return layer
 
 
 def _arguments(overrides: Sequence[str]) -> list[Layer]:

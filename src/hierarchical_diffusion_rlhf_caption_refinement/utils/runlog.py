@@ -143,9 +143,9 @@ def _parse(line: str) -> Row | None:
     return row if isinstance(row, dict) and {"stage", "step"} <= row.keys() else None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=indent, default=float) + "\n", encoding="utf-8")
     os.replace(partial, path)

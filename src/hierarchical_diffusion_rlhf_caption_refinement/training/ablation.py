@@ -1,0 +1,77 @@
+"""One job of a grid: its stages, and what is kept of an arm: the curve, and the hidden quality of every test scene."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..evaluation.summary import evaluate_checkpoint, win_rate
+from ..models.saved import FILES
+from ..utils.grid import Grid, Job
+from ..utils.runlog import RunLog, write_json
+from ..utils.seeding import set_threads
+from .pipeline import Pipeline
+from .run import Run
+
+CACHE = Path("cache")
+CURVE = ("gold_utility", "gold_accuracy", "gold_fluency", "gold_mean_words", "kl", "entropy", "reward", "judge", "alarms")
+"""What an epoch's row keeps of the held-out measures."""
+
+
+def take(start: Path, folder: Path) -> None:
+    """Copy the checkpoints of the first two stages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (FILES["alignment"], FILES["base"]):
+        shutil.copyfile(start / name, folder / name)
+
+
+def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
+    """Do what is still to do of the job's stages; an arm then leaves its record.
+
+    `base_from`: folder, {seed} in it standing for the seed; where there is one, the first two stages are taken from it.
+    Raises ValueError or OSError where something is missing.
+    """
+    config, start = job.config, Path(base_from.format(seed=job.seed))
+    if base_from and not job.needs and start.is_dir():
+        take(start, config.models)
+        write_json(config.results / "stages.json", dict.fromkeys(job.stages, 0.0))
+        return
+    set_threads(config.threads)
+    if job.needs and not config.start_from:
+        take(Path("models/ablation") / grid.name / job.needs[-1], config.models)
+    log = RunLog(config.results)
+    pipeline = Pipeline(Run(config, Accelerator(cpu=not torch.cuda.is_available()), log, True, CACHE))
+    pipeline.train(job.stages)
+    if job.arm:
+        write_json(record_path(output, job), record(grid, job, log, pipeline.times()), indent=None)
+        for stage in job.stages:
+            pipeline.run.last(stage).unlink(missing_ok=True)
+
+
+def record_path(output: Path, job: Job) -> Path:
+    return output / f"{job.name}.json"
+
+
+def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict[str, Any]:
+    """The learning curve on held-out images, and the kept weights on the test images next to the base model."""
+    config = job.config
+    refined = evaluate_checkpoint(config.models / FILES["rlhf"], "rlhf", config, CACHE)
+    base = evaluate_checkpoint(config.sources / FILES["base"], "base", config, CACHE)
+    if refined.gold is None or base.gold is None:
+        raise ValueError("an ablation needs captions whose true quality is known: data.source=scenes")
+    rows = [
+        {k: row[k] for k in ("epoch", "step", "seconds", "stopped") if k in row} | {k: row[f"val_{k}"] for k in CURVE if f"val_{k}" in row}
+        for row in log.rows("rlhf")
+    ]
+    rewarded = Path("results/ablation") / grid.name / (job.needs[-1] if config.start_from else job.name)
+    accuracy = json.loads((rewarded / "reward_report.json").read_text(encoding="utf-8"))["accuracy"]
+    means = {name: float(values.mean()) for name, values in refined.gold.items()}
+    return grid.facts(job) | {
+        "captions_per_update": config.rlhf.fit.batch_size * config.rlhf.group,
+        "seconds": seconds, "rows": rows, "reward_accuracy": accuracy, "test": means, "test_reward": refined.metrics["reward"]["value"],
+        "win_rate": win_rate(refined, base), "base_utility": base.gold["utility"].round(4).tolist(),
+        "utility": refined.gold["utility"].round(4).tolist(),
+    }  # fmt: skip

@@ -1,0 +1,116 @@
+"""A grid of runs from a YAML file: arms x regimes x seeds, and the stages that they share."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, Stage, load_config, read_yaml
+
+Settings = dict[str, Any]
+"""`key.sub: value` of the config."""
+NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process' work: stages of one run."""
+
+    name: str
+    """Unique in the grid; folders are called after it."""
+    seed: int
+    files: tuple[str, ...]
+    arguments: tuple[str, ...]
+    """Config files and what is laid over them."""
+    run: str
+    stages: tuple[Stage, ...]
+    needs: tuple[str, ...] = ()
+    """Jobs that come first; the folder of the last holds the checkpoints to build on."""
+    regime: str = ""
+    arm: str = ""
+    """Both empty for a stage that arms share."""
+
+    @cached_property
+    def config(self) -> Config:
+        """Raises ConfigError."""
+        return load_config(self.files, self.arguments)
+
+    @property
+    def results(self) -> Path:
+        return Path("results") / self.run
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    """Of the file."""
+    baseline: str
+    """Arm that the others are compared with."""
+    arms: dict[str, Settings]
+    """What tells each arm; settings of the reward give the arm a reward model of its own."""
+    regimes: dict[str, Settings]
+    """What all arms of a regime share, from the reward stage on."""
+    seeds: tuple[int, ...]
+    config: tuple[str, ...]
+    """Config files, relative to the grid's."""
+    settings: Settings
+    """Of every run."""
+
+    def jobs(self) -> list[Job]:
+        """All jobs, seed by seed, what others need before them."""
+        found = []
+        for seed in self.seeds:
+            base = f"base/{seed}"
+            found.append(self._job(base, seed, {}, ("alignment", "base")))
+            for regime, shared in self.regimes.items():
+                reward = f"{regime}/reward/{seed}"
+                found.append(self._job(reward, seed, shared, ("reward",), (base,)))
+                for arm, own in self.arms.items():
+                    apart = any(key.startswith("reward.") for key in own)
+                    stages: tuple[Stage, ...] = ("reward", "rlhf") if apart else ("rlhf",)
+                    needs = (base,) if apart else (base, reward)
+                    found.append(self._job(f"{regime}/{arm}/{seed}", seed, shared | own, stages, needs, regime=regime, arm=arm))
+        return found
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        """What the record of an arm begins with."""
+        own = self.settings | self.regimes[job.regime] | self.arms[job.arm]
+        return {"regime": job.regime, "arm": job.arm, "seed": job.seed, "settings": spelled(own)}
+
+    def _job(self, name: str, seed: int, settings: Settings, stages: tuple[Stage, ...], needs: tuple[str, ...] = (), **cell: str) -> Job:
+        run = f"ablation/{self.name}/{name}"
+        built_on = {"start_from": f"models/ablation/{self.name}/{needs[-1]}"} if stages == ("rlhf",) else {}
+        arguments = spelled(self.settings | settings | {"run": run, "seed": seed, "threads": 1} | built_on)
+        return Job(name, seed, self.config, tuple(arguments), run, stages, needs, **cell)
+
+    def check(self) -> None:
+        """Raises ConfigError if a setting is none: of one seed, because loading a config takes a while."""
+        for job in replace(self, seeds=self.seeds[:1]).jobs():
+            load_config(job.files, job.arguments)
+
+
+def spelled(settings: Settings) -> list[str]:
+    """As arguments of `train.py`."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def read_grid(path: Path, seeds: Sequence[int] = ()) -> Grid:
+    """The grid of a YAML file, perhaps with other seeds. Raises ConfigError."""
+    tree = {"config": [], "seeds": [0], "settings": {}, "regimes": {"default": {}}} | read_yaml(path)
+    known = {f.name for f in fields(Grid)} - {"name"}
+    if wrong := sorted(known ^ tree.keys()):
+        raise ConfigError(f"{path}: {wrong[0]}: a grid has arms and a baseline, and may have config, regimes, seeds, settings")
+    if wrong := [key for key in ("arms", "regimes", "settings") if not isinstance(tree[key], dict)]:
+        raise ConfigError(f"{path}: {wrong[0]}: expected key: value pairs")
+    arms, regimes = ({str(name): own or {} for name, own in tree[key].items()} for key in ("arms", "regimes"))
+    for name in (*arms, *regimes):
+        if not NAME.fullmatch(name) or name in ("base", "reward"):
+            raise ConfigError(f"{path}: '{name}' is no name of an arm or a regime: letters, digits and _.+- are, base and reward are taken")
+    if tree["baseline"] not in arms:
+        raise ConfigError(f"{path}: the baseline '{tree['baseline']}' is none of the arms")
+    files = [tree["config"]] if isinstance(tree["config"], str) else tree["config"]
+    config = tuple(str(path.parent / name) for name in files)
+    return Grid(path.stem, tree["baseline"], arms, regimes, tuple(seeds or tree["seeds"]), config, tree["settings"])

@@ -1,0 +1,91 @@
+"""The grid's command: what it trains, keeps, skips, and survives. Arms are trained in this process, on the smoke run's first stages."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hierarchical_diffusion_rlhf_caption_refinement.ablate import ablate, run_all, to_do
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
+
+SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
+GRID = f"""
+config: {SMOKE}
+baseline: sparse_only
+settings: {{rlhf.fit.epochs: 1, reward.curve: []}}
+regimes: {{few: {{reward.comparisons: 60, reward.reader: false}}}}
+arms:
+  sparse_only: {{shaping.clip_weight: 0.0}}
+  one_member: {{reward.members: 1}}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(GRID)
+    return tmp_path / "toy.yaml"
+
+
+def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path, smoke: Path, capsys: pytest.CaptureFixture[str]):
+    command = [str(grid), "--jobs", "0", "--output", "out"]
+    assert ablate([*command, "--only", "few/*", "--base-from", str(smoke / "models" / "smoke")]) == 0
+    base = Path("models/ablation/toy/base/0/best_base_model.pt")
+    assert base.read_bytes() == (smoke / "models" / "smoke" / base.name).read_bytes()  # taken, not trained
+    records = {arm: json.loads(Path(f"out/few/{arm}/0.json").read_text()) for arm in ("sparse_only", "one_member")}
+    for arm, found in records.items():
+        assert (found["regime"], found["arm"], found["seed"]) == ("few", arm, 0) and "rlhf.fit.epochs=1" in found["settings"]
+        assert [row["epoch"] for row in found["rows"]] == [0, 1] and {"gold_utility", "kl", "judge", "reward"} <= found["rows"][1].keys()
+        assert len(found["utility"]) == len(found["base_utility"]) == 32 and found["captions_per_update"] == 16
+        assert sum(found["utility"]) / 32 == pytest.approx(found["test"]["utility"], abs=1e-4)
+        assert 0 < found["reward_accuracy"]["value"] < 1
+    assert records["sparse_only"]["base_utility"] == records["one_member"]["base_utility"]
+    alone = Path("models/ablation/toy/few/one_member/0")
+    assert (alone / "best_reward_model.pt").exists() and not (alone / "last_rlhf.pt").exists()
+    assert not Path("models/ablation/toy/few/sparse_only/0/best_reward_model.pt").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")}
+    assert ablate(command) == 0 and {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")} == before
+    capsys.readouterr()
+    assert ablate([str(grid), "--output", "out", "--report-only"]) == 0
+    assert capsys.readouterr().out.strip().endswith("out/README.md") and "| one member | 1 |" in Path("out/README.md").read_text()
+
+
+def test_only_what_is_missing_is_done_in_order(grid: Path):
+    jobs, out = read_grid(grid, [0, 1]).jobs(), Path("out")
+    assert to_do(jobs, "*", out) == jobs
+    assert [job.name for job in to_do(jobs, "few/sparse_only/1", out)] == ["base/1", "few/reward/1", "few/sparse_only/1"]
+    assert [job.name for job in to_do(jobs, "few/one_member/*", out)] == ["base/0", "few/one_member/0", "base/1", "few/one_member/1"]
+    done = Path("results/ablation/toy/base/1/stages.json")
+    done.parent.mkdir(parents=True)
+    done.write_text('{"alignment": 1.0}')
+    assert "base/1" in [job.name for job in to_do(jobs, "*/1", out)]  # half of it is not enough
+    done.write_text('{"alignment": 1.0, "base": 2.0}')
+    failed = out / "few" / "one_member" / "1.json"
+    failed.parent.mkdir(parents=True)
+    failed.write_text('{"error": "killed"}')
+    assert [job.name for job in to_do(jobs, "*/one_member/1", out)] == ["few/one_member/1"]
+    failed.write_text('{"utility": [1.0]}')
+    assert to_do(jobs, "*/one_member/1", out) == []
+    with pytest.raises(ConfigError, match="--only many"):
+        to_do(jobs, "many/*", out)
+
+
+def test_a_failure_is_recorded_takes_along_what_needs_it_and_no_more(grid: Path, capsys: pytest.CaptureFixture[str]):
+    """The jobs' processes here write down their names; one of them fails."""
+    code = "import sys; name = sys.argv[-1]; open('order.txt', 'a').write(name + '\\n'); sys.exit('no luck' if %r in name else 0)"
+    loaded, out = read_grid(grid, [0, 1]), Path("out")
+    run_all(loaded, loaded.jobs(), [sys.executable, "-c", code % "reward/0"], 2, out)
+    ran = Path("order.txt").read_text().split()
+    assert sorted(ran) == sorted(job.name for job in loaded.jobs() if job.name != "few/sparse_only/0")
+    assert all(ran.index(need) < ran.index(job.name) for job in loaded.jobs() if job.name in ran for need in job.needs)
+    assert [str(path) for path in out.rglob("*.json")] == ["out/few/sparse_only/0.json"]
+    assert json.loads((out / "few/sparse_only/0.json").read_text())["error"] == "few/reward/0 failed"
+    assert "failed: few/reward/0: exit code 1: no luck" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_one_line(grid: Path, capsys: pytest.CaptureFixture[str]):
+    assert ablate(["absent.yaml"]) == 2 and "absent.yaml: No such file" in capsys.readouterr().err
+    assert ablate([str(grid), "--only", "many/*"]) == 2 and "--only many/*: none of the 4 jobs" in capsys.readouterr().err
