@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .cli import guarded
+from .utils.command import find_config, guarded
 from .utils.config import ConfigError
 from .utils.grid import Grid, Job, read_grid
 from .utils.runlog import write_json
 
 
-def ablate(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ablate.py", description="Train the arms of a grid, and compare them.")
+def ablate_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.")
     parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/few.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
@@ -26,11 +26,16 @@ def ablate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base-from", default="", metavar="FOLDER", help="where it exists: alignment and base models; {seed} is the seed")
     parser.add_argument("--output", type=Path, help="records, tables, pictures (default: docs/results/ablation_GRID)")
     parser.add_argument("--report-only", action="store_true", help="make tables and pictures of the records that there are")
+    return parser
+
+
+def ablate(argv: Sequence[str] | None = None, prog: str = "ablate.py") -> int:
+    parser = ablate_parser(prog)
     return guarded(lambda: _ablate(parser.parse_args(argv)))
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    grid = read_grid(args.grid, args.seeds)
+    grid = read_grid(find_config(str(args.grid)), args.seeds)
     output = args.output or Path("docs/results") / f"ablation_{grid.name}"
     if not args.report_only:
         chosen = to_do(grid.jobs(), args.only, output)

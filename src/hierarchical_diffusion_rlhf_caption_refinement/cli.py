@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -14,44 +14,17 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from .ablate import ablate, ablate_parser
+from .utils.command import find_config, guarded
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
-from .utils.interrupt import Interrupted
 from .utils.runlog import RunLog, write_json
 
 DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
 CACHE = Path("cache")
-CONFIGS = Path(__file__).with_name("configs")
-"""In the package, a link to the repository's."""
 FRESH = 4
 """New images that `train` captions at its end."""
 DRAWN = 0.5
 """Temperature at which `predict --candidates` draws: RLHF's own."""
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Turn what can go wrong into one line on stderr and an exit code."""
-    try:
-        return command()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(f"{stopped}\ncontinue with the same command and --resume", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, --resume continues from there", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("CAPREFINE_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def find_config(name: str) -> Path:
-    """A file, else the one of that name that comes with the package: `default` and `configs/default.yaml` are found everywhere."""
-    path, shipped = Path(name), CONFIGS / f"{Path(name).stem}.yaml"
-    return shipped if not path.exists() and str(path.parent) in (".", "configs") and shipped.exists() else path
 
 
 def _read_config(args: argparse.Namespace) -> Config:
@@ -422,8 +395,10 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-PARSERS = {"train": _train_parser, "evaluate": _evaluate_parser, "predict": _predict_parser, "export": _export_parser}
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "export": export}
+PARSERS = {
+    "train": _train_parser, "evaluate": _evaluate_parser, "predict": _predict_parser, "export": _export_parser, "ablate": ablate_parser,
+}  # fmt: skip
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "export": export, "ablate": ablate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,12 +125,12 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
         if run.main:
             save_eyes(path, eyes, {"note": f"alignment is {config.alignment.pretrained}, not trained here"})
     else:
-        _fit_alignment(run, eyes, alignment, examples, path)
+        fit_alignment(run, eyes, alignment, examples, path)
     run.accelerator.wait_for_everyone()
     return load_eyes(path)[0]
 
 
-def _fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dict[str, list[Example]], path: Path) -> None:
+def fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dict[str, list[Example]], path: Path) -> None:
     cfg, trained = run.config.alignment.fit, eyes.vision if isinstance(eyes.vision, PatchEncoder) else None
     data = {split: alignment_inputs(run, eyes, examples[split]) for split in ("train", "val")}
     captions = Corpus(examples["train"], data["train"], torch.empty(0, 0), eyes.tokenizer, run.config.data.max_words).captions

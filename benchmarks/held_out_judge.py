@@ -1,0 +1,122 @@
+"""Does a judge who had no part in the training prefer the refined captions?
+
+The judge is an alignment model trained on the validation photographs alone, and a linear head on what it sees (and on the words: lengths,
+repetitions), fitted to the ratings of the photographs that the reward model kept for its report. Nothing of it was ever a reward, and it
+chose no checkpoint. It looks at the test photographs that it was not fitted to.
+
+    python benchmarks/held_out_judge.py --config configs/flickr8k.yaml --output docs/results/flickr8k/judge.json
+
+needs a finished run of that config, and is for data sets with human ratings. Axes: n pairs, F features.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import words_and_owners
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
+    build_corpus,
+    interval_row,
+    reference_intervals,
+    retrieval,
+    text_statistics,
+    write_captions,
+)
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, Evidence
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Kind, build_alignment, load_denoiser, load_eyes
+from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import fit_alignment
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs, rated, to_pairs, with_repeating
+from hierarchical_diffusion_rlhf_caption_refinement.training.reward import decided_accuracy, examine, fit_linear, targets
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, write_json
+
+SEEN = (
+    "alignment", "mean word credit", "worst word credit",
+    "words", "words squared", "content words", "repeated words", "doubled words",
+)  # fmt: skip
+"""Features that owe nothing to the denoiser, whose likelihoods the reward reads too."""
+CACHE, HELD_OUT = Path("cache"), 200
+"""Feature cache; validation photographs that choose the judge's best epoch."""
+
+
+def other_eyes(config: Config, examples: list) -> tuple:
+    """The run's eyes, and the same with an alignment model of the judge's own."""
+    eyes, _ = load_eyes(config.sources / FILES["alignment"])
+    own = replace(config, run="held_out_judge", start_from="")
+    run = Run(own, Accelerator(cpu=True), RunLog(own.results), False, CACHE)
+    run.config.models.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed + 1)
+    other = replace(eyes, config=config, alignment=build_alignment(config, eyes.tokenizer, eyes.vision.width))
+    path = run.config.models / FILES["alignment"]
+    fit_alignment(run, other, other.alignment, {"train": examples[HELD_OUT:], "val": examples[:HELD_OUT]}, path)
+    return eyes, load_eyes(path)[0]
+
+
+def differences(evidence: Evidence, pairs: Pairs) -> Tensor:
+    """(n, F): features of a less those of b."""
+    seen = examine(evidence, pairs)
+    return (seen.a.features - seen.b.features)[:, [FEATURES.index(name) for name in SEEN]]
+
+
+def fitted(evidence: Evidence, pairs: Pairs, l2: float) -> Tensor:
+    """Weights of the features."""
+    difference = differences(evidence, pairs)
+    std = difference.std(0).clamp(min=1e-6)
+    beta, _ = fit_linear(difference / std, targets(pairs.label, 0.0), torch.ones(len(pairs)), l2)
+    return beta / std
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    config = load_config([args.config], args.overrides)
+    torch.set_num_threads(config.threads or 1)
+    examples = load_examples(config.data, config.seed)
+    eyes, other = other_eyes(config, examples["val"])
+    corpus, judged = (build_corpus(e, examples["test"], CACHE) for e in (eyes, other))
+    paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
+    models = {kind: load_denoiser(path, kind)[1].eval() for kind, path in paths.items()}
+    evidence = Evidence(models["base"], other.alignment, words_and_owners(eyes.tokenizer))
+    found = rated(config, judged)
+    learned = to_pairs(with_repeating(found.test.comparisons, config.reward.repeats, config.seed), judged)
+    beta = fitted(evidence, learned, config.reward.l2)
+    texts = {kind: write_captions(m, corpus, range(len(corpus)), config.sampler, config.seed).texts for kind, m in models.items()}
+    rows = sorted(set(range(len(judged))) - set(found.test.rows))
+    margin = differences(evidence, captions_as_pairs(judged, rows, texts)) @ beta
+    wins = (margin.sign() / 2 + 0.5).double().numpy()
+    accuracy = decided_accuracy(differences(evidence, found.val) @ beta, found.val.label)
+    decided = [row for row, label in zip(found.val.rows, found.val.label.tolist(), strict=True) if label < 2]
+    row = {
+        "judge": {
+            **retrieval(other.alignment, judged),
+            "comparisons": len(learned),
+            "accuracy": interval_row(accuracy.numpy(), decided),
+            "weights": dict(zip(SEEN, beta.tolist(), strict=True)),
+        },
+        "photographs": len(rows),
+        "win_rate": interval_row(wins),
+        **{kind: {"references": reference_intervals(t, examples["test"])} | text_statistics(t) for kind, t in texts.items()},
+    }
+    write_json(args.output, row)
+    print(f"the judge prefers the refined captions on {row['win_rate']['value']:.1%} of {len(rows)} photographs, ties half")
+    print(f"numbers  {args.output}")
+
+
+def captions_as_pairs(corpus: Corpus, rows: list[int], texts: dict[Kind, list[str]]) -> Pairs:
+    """The refined caption as a, the base model's as b."""
+    return to_pairs([Comparison(str(r), corpus.examples[r].key, texts["rlhf"][r], texts["base"][r], "a") for r in rows], corpus)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What all commands share: how errors end, and where configs are found."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import ConfigError
+from .interrupt import Interrupted
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""In the package, a link to the repository's."""
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Turn what can go wrong into one line on stderr and an exit code."""
+    try:
+        return command()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"{stopped}\ncontinue with the same command and --resume", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, --resume continues from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("CAPREFINE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def find_config(name: str) -> Path:
+    """A file, else the one of that name that comes with the package: `default` and `configs/default.yaml` are found everywhere."""
+    path = Path(name)
+    shipped = CONFIGS / path.with_suffix(".yaml").as_posix().removeprefix("configs/")
+    return shipped if not path.exists() and not path.is_absolute() and shipped.exists() else path
