@@ -87,7 +87,7 @@ def test_the_plan_decides_who_decodes_and_given_words_are_kept(toy: Toy):
     assert search_or_sample(model, images, wide(3, 3), noise, known).x0[:, [0, 2]].tolist() == [[3, 5]] * 2
 
 
-@pytest.mark.parametrize("wrong", [{"order": "spread"}, {"temperature": 1.0}, {"guidance": 2.0}, {"remask": 1}])
+@pytest.mark.parametrize("wrong", [{"order": "spread"}, {"temperature": 1.0}, {"guidance": 2.0}, {"remask": 1}, {"threshold": 0.9}])
 def test_a_search_that_could_not_be_is_refused(wrong: dict):
     with pytest.raises(ConfigError, match="left_to_right"):
         SamplerConfig(**({"order": "left_to_right", "beams": 2} | wrong))

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from ..data.corpus import Corpus
 from ..data.text import load_tokenizer, pad
 from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
-from ..models.alignment import Alignment
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import caption_nll, training_steps, valid_positions
 from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
@@ -105,7 +104,7 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     def evaluate(bare: nn.Module) -> dict[str, float]:
         denoiser = cast(DiffusionCaptionModel, bare)
         return {"loss": validation_loss(denoiser, corpora["val"], config.base, config.seed)} | sampled_quality(
-            run, denoiser, corpora["val"], eyes.alignment
+            run, denoiser, corpora["val"]
         )
 
     def best(bare: nn.Module, row: Row) -> None:
@@ -119,10 +118,10 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     return path
 
 
-def sampled_quality(run: Run, model: DiffusionCaptionModel, corpus: Corpus, alignment: Alignment, limit: int = 200) -> dict[str, float]:
+def sampled_quality(run: Run, model: DiffusionCaptionModel, corpus: Corpus, limit: int = 200) -> dict[str, float]:
     """What the captions of some held-out images are worth: by the scenes' truth, else against the references. For the curves only."""
     rows = list(range(min(limit, len(corpus))))
-    texts = write_captions(model, corpus, rows, run.config.sampler, run.config.seed, alignment=alignment).texts
+    texts = write_captions(model, corpus, rows, run.config.sampler.plain, run.config.seed).texts
     examples = [corpus.examples[row] for row in rows]
     if examples[0].scene is None:
         return {"cider_d": reference_scores(texts, examples)["cider_d"]}

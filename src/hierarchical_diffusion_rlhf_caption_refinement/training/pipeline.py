@@ -159,7 +159,7 @@ class Pipeline:
         """Put the score's zero and unit on the base model's captions of validation images."""
         corpus, config, device = self.corpora["val"], self.run.config, self.run.device
         rows = list(range(min(len(corpus), 200)))
-        plan = replace(config.sampler, temperature=1.0, order="random", candidates=1, guidance=1.0, threshold=0.0, remask=0)
+        plan = replace(config.sampler.plain, temperature=1.0, order="random", candidates=1, guidance=1.0, threshold=0.0, remask=0)
         t = write_captions(reward.evidence.denoiser, corpus, rows, plan, config.seed).trajectory
         scores = reward.members(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint[rows].to(device))
         reward.set_base(scores[..., 0])

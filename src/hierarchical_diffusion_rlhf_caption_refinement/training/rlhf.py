@@ -305,8 +305,7 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     and KL and entropy of the rollout policy there."""
     config, device = trainer.config, trainer.run.device
     rows = list(range(len(corpus)))
-    alignment = trainer.reward.evidence.alignment
-    written = write_captions(policy, corpus, rows, config.sampler, config.seed, trainer.reward, alignment)
+    written = write_captions(policy, corpus, rows, config.sampler.plain, config.seed, trainer.reward)
     t = written.trajectory
     assert written.reward is not None
     judged = judge.score(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint.to(device))

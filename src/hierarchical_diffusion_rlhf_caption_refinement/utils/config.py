@@ -6,7 +6,7 @@ The defaults here are the built-in benchmark's (`configs/default.yaml` spells th
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -166,7 +166,7 @@ class BaseConfig:
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
 
 
-SEARCH = "are for sampler.order=left_to_right with temperature=0, guidance=1 and remask=0"
+SEARCH = "are for sampler.order=left_to_right with temperature=0, guidance=1, threshold=0 and remask=0"
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class SamplerConfig:
     max_words: int = 0
     """Bounds on the length, in tokens; 0 means data.max_words."""
     beams: int = 1
-    """Captions kept in the making by a beam search from the left; 1 is greedy."""
+    """Captions kept in the making by a beam search from the left, one word a step; 1 is greedy."""
     lengths: int = 1
     """Lengths that the search tries, the likeliest ones; the likeliest caption per token stays."""
     clip: float = 0.0
@@ -207,8 +207,13 @@ class SamplerConfig:
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
         _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
         _require(self.beams > 0 and self.lengths > 0, "sampler.beams and sampler.lengths must be positive")
-        drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask
+        drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask or self.threshold
         _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
+
+    @property
+    def plain(self) -> "SamplerConfig":
+        """The same without a search: for training's curves, which are about the model, and many."""
+        return replace(self, beams=1, lengths=1, clip=0.0)
 
 
 @dataclass(frozen=True)
