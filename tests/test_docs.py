@@ -16,11 +16,13 @@ import pytest
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, append_comparisons
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
+from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "howto"))]
-ELSEWHERE = ("make ", "pip ", "pytest ")
+ELSEWHERE = ("make ", "pip ", "pytest ", "python benchmarks/")
 """Commands that change the machine or run what is running."""
 
 
@@ -34,9 +36,11 @@ def run(line: str) -> int:
     command = Path(words[1]).stem if words[0] == "python" else words[1]
     if words[0] not in ("python", "caprefine") or words[1] == "-m":
         return subprocess.run(line, shell=True).returncode
-    if command == "train":
-        args = cli.PARSERS["train"]("").parse_intermixed_args(words[2:])
-        load_config([cli.find_config(name) for name in args.config or []], args.overrides)
+    if command in ("train", "ablate"):
+        args = cli.PARSERS[command]("").parse_intermixed_args(words[2:])
+        if command == "ablate":
+            return 0 if read_grid(find_config(str(args.grid))).jobs() else 1
+        load_config([find_config(name) for name in args.config or []], args.overrides)
         return 0
     return cli.COMMANDS[command](words[2:], command)
 

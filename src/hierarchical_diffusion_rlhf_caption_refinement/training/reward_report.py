@@ -3,7 +3,6 @@
 Axes: n pairs, F features.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, confi
         "comparisons": {"train": len(found.train), "val": len(found.val), "test": len(found.test)},
         "accuracy": accuracy,
         "rater_agreement": ceiling,
-        "share_of_ceiling": accuracy["value"] / ceiling if not math.isnan(ceiling) else None,
+        "share_of_ceiling": accuracy["value"] / ceiling if ceiling > 0 else None,
         "above_ceiling": bool(accuracy["low"] > ceiling),
         "length_only": feature_baseline(train, test, ("words", "words squared"), config.l2),
         "text_only": feature_baseline(train, test, BLIND, config.l2),
