@@ -24,11 +24,14 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_in
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
     build_corpus,
+    fit_of,
     gold_of,
     reference_scores,
     text_statistics,
+    with_mirrored,
     write_captions,
 )
+from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import reveal_counts, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import select
@@ -57,8 +60,8 @@ class Reveal(DiffusionCaptionModel):
         nll, length = caption_loss(self, batch, self.allowed)
         return nll.mean() + LENGTH_WEIGHT * length.mean()
 
-    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig) -> list[str]:
-        return write_captions(self, corpus, rows, plan, 0).texts
+    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig, alignment: Alignment) -> list[str]:
+        return write_captions(self, corpus, rows, plan, 0, alignment=alignment).texts
 
 
 class Bidirectional(DiffusionCaptionModel):
@@ -85,7 +88,7 @@ class Bidirectional(DiffusionCaptionModel):
         return (nll * counted).sum(1) / counted.sum(1).clamp(min=1) + LENGTH_WEIGHT * length
 
     @torch.no_grad()
-    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig) -> list[str]:
+    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig, alignment: Alignment) -> list[str]:
         """Median length, then the likeliest words at the most confident places, `plan.steps` times; left to right if the plan says so."""
         memory = self.read_image(corpus.image(rows))
         length = 1 + (memory.length_logits.softmax(-1).cumsum(-1) < 0.5).sum(-1)
@@ -121,9 +124,9 @@ class Autoregressive(DiffusionCaptionModel):
         return (nll * counted).sum(1) / counted.sum(1)
 
     @torch.no_grad()
-    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig) -> list[str]:
-        """Greedy, or beam search over `plan.candidates` captions by mean log-probability per word, the end included."""
-        beams, longest = plan.candidates, self.max_length - 1
+    def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig, alignment: Alignment) -> list[str]:
+        """Greedy, or beam search by mean log-probability per word, the end included, with CLIP's word in the last choice."""
+        beams, longest = plan.beams, self.max_length - 1
         memory = self.read_image(corpus.image(rows))
         texts = torch.zeros(len(rows) * beams, longest, dtype=torch.long)
         score = torch.tensor([0.0] + [-torch.inf] * (beams - 1)).repeat(len(rows))
@@ -141,7 +144,10 @@ class Autoregressive(DiffusionCaptionModel):
             length = torch.where(ended, length, t + 1)
             if bool(ended.all()):
                 break
-        chosen = (score / (length + 1)).view(len(rows), beams).argmax(1) + torch.arange(len(rows)) * beams
+        worth = score / (length + 1)
+        if plan.clip:
+            worth = worth + plan.clip * fit_of(alignment, corpus.tokenizer, corpus.joint[rows])(texts, length)
+        chosen = worth.view(len(rows), beams).argmax(1) + torch.arange(len(rows)) * beams
         return decode_rows(corpus.tokenizer, texts[chosen], length[chosen])
 
 
@@ -161,23 +167,32 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
     """The decodings to compare."""
     words = config.data.max_words
     if peer == "autoregressive":
-        return {"greedy": SamplerConfig(), "beam 3": SamplerConfig(candidates=3, temperature=1.0)}
+        wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
+        search = {name: SamplerConfig(order="left_to_right", beams=k, clip=clip) for name, (k, clip) in wide.items()}
+        return {"greedy": SamplerConfig()} | search
     return {
         f"left to right, {words} steps": SamplerConfig(steps=words, order="left_to_right"),
         **{f"most confident first, {k} steps": SamplerConfig(steps=k, order="confidence") for k in (4, 8, 12)},
-        **({f"spread, {k} steps": SamplerConfig(steps=k) for k in (4, 8)} if peer == "reveal" else {}),
+        **(reveal_plans() if peer == "reveal" else {}),
     }
 
 
-def judge(model, corpus: Corpus, plan: SamplerConfig, count: int = 10_000) -> dict[str, float]:
+def reveal_plans() -> dict[str, SamplerConfig]:
+    search = {f"5 beams, 5 lengths{', CLIP' if clip else ''}": clip for clip in (0.0, 3.0)}
+    return {f"spread, {k} steps": SamplerConfig(steps=k) for k in (4, 8)} | {
+        name: SamplerConfig(order="left_to_right", beams=5, lengths=5, clip=clip) for name, clip in search.items()
+    }
+
+
+def judge(model, corpus: Corpus, plan: SamplerConfig, alignment: Alignment, count: int = 10_000) -> dict[str, float]:
     rows = list(range(min(count, len(corpus))))
-    texts = [text for part in torch.tensor(rows).split(100) for text in model.captions(corpus, part.tolist(), plan)]
+    texts = [text for part in torch.tensor(rows).split(100) for text in model.captions(corpus, part.tolist(), plan, alignment)]
     examples = corpus.examples[: len(rows)]
     gold = gold_of(examples)
     return (gold(texts) if gold else reference_scores(texts, examples)) | {"repetition": text_statistics(texts)["repetition"]}
 
 
-def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, plan: SamplerConfig) -> dict:
+def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, plan: SamplerConfig, alignment: Alignment) -> dict:
     """The averaged weights with the best validation captions, of a run whose learning rate ends with its time."""
     fit, measure = config.base.fit, "utility" if corpora["val"].examples[0].scene else "cider_d"
     optimizer, ema = make_optimizer(model, fit), {k: v.clone() for k, v in model.state_dict().items()}
@@ -202,7 +217,7 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
         if spent >= 60 * minutes * (len(curve) + 1) / CHECKS:
             with averaged(model, ema):
                 model.eval()
-                found = {"step": step, "seconds": spent, "loss": float(loss.detach())} | judge(model, corpora["val"], plan, 400)
+                found = {"step": step, "seconds": spent, "loss": float(loss.detach())} | judge(model, corpora["val"], plan, alignment, 400)
             model.train()
             curve.append(found)
             print(json.dumps(found), flush=True)
@@ -229,13 +244,15 @@ def main() -> None:
     torch.set_num_threads(config.threads or 1)
     eyes = with_config(load_eyes(config.sources / FILES["alignment"])[0], config)
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
+    if config.base.mirror:
+        corpora["train"] = with_mirrored(corpora["train"], eyes, Path("cache"))
     torch.manual_seed(seed_of(config.seed, "base"))
     model = build(args.peer, eyes)
     decodings = plans(args.peer, config)
-    facts = train(model, corpora, config, args.minutes, next(iter(decodings.values())))
+    facts = train(model, corpora, config, args.minutes, next(iter(decodings.values())), eyes.alignment)
     model.eval()
     row = {"peer": args.peer, "minutes": args.minutes, "parameters": sum(p.numel() for p in model.parameters())} | facts
-    row["test"] = {name: judge(model, corpora["test"], plan) for name, plan in decodings.items()}
+    row["test"] = {name: judge(model, corpora["test"], plan, eyes.alignment) for name, plan in decodings.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(row, indent=1) + "\n")
     for name, found in row["test"].items():
