@@ -19,9 +19,10 @@ from .evaluation.evaluate import best_candidates, pick
 from .models.alignment import PretrainedClip
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
-from .models.reward import RewardModel
+from .models.reward import EVEN, RewardModel
 from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, sample, thin
 from .models.saved import FILES, Eyes, find_reward, load_denoiser, load_reward
+from .repair import WEAK, Editor, Repair
 from .utils.config import ConfigError, SamplerConfig
 
 MASK = "[MASK]"
@@ -135,6 +136,8 @@ class Captioner:
 
     def __init__(self, eyes: Eyes, model: DiffusionCaptionModel, reward: RewardModel | None, plan: SamplerConfig) -> None:
         self.eyes, self.model, self.reward, self.plan = eyes, model.eval(), reward, plan
+        self.dials = EVEN
+        """How much accuracy, fluency and specificity count wherever the reward decides: among candidates, and in repairs."""
         self.orders = lru_cache(maxsize=8)(self.spelled)
         if isinstance(eyes.vision, torch.nn.Module):
             eyes.vision.eval()
@@ -168,6 +171,25 @@ class Captioner:
             if isinstance(caption, ObedienceError):
                 raise caption
         return [caption for caption in found if isinstance(caption, Caption)]
+
+    def audit(self, image: str | Path | Image, caption: str) -> Repair:
+        """How well each word of a caption fits the image. Raises ImageError, and ValueError for a caption without words."""
+        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        return self.editor.audit(caption, seen.tokens, seen.joint)
+
+    def refine(self, image: str | Path | Image, caption: str, weak: float = WEAK, seed: int = 0) -> Repair:
+        """The caption, with better words for those of at least `weak` suspicion where the reward model finds them better.
+
+        Raises ImageError, and ValueError for a caption without words or a captioner without a reward model.
+        """
+        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        return self.editor.repair(caption, seen.tokens, seen.joint, seen.key, seed, weak)
+
+    @property
+    def editor(self) -> Editor:
+        """By the base model where there is one: reinforcement learning leaves its successor sure of too much to doubt a word."""
+        denoiser = self.reward.evidence.denoiser if self.reward else self.model
+        return Editor(denoiser, self.eyes.tokenizer, self.reward, self.dials)
 
     @torch.no_grad()
     def look(self, picture: Image) -> Seen:
@@ -208,7 +230,7 @@ class Captioner:
         tokens = torch.cat([s.tokens for s in seen])
         written = sample(self.model, tokens, plan, noise, drafts, banned=banned)
         joint = [s.joint for s in seen if s.joint is not None]
-        score = self.reward.score(written.x0, written.length, tokens, torch.cat(joint)) if self.reward and joint else None
+        score = self.reward.score(written.x0, written.length, tokens, torch.cat(joint), self.dials) if self.reward and joint else None
         return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
 
     def search(self, seen: Seen, plan: SamplerConfig, seed: int, wishes: Wishes, length: int) -> Caption | ObedienceError:
