@@ -12,6 +12,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,13 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
 
 SETTINGS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """Weights of specificity."""
-NOUNS = (
-    "dog man woman boy girl person child beach street field ball pool wall building bike rock park road tree car bench baby mountain "
-    "hill lake river crowd jacket shirt hat skateboard bicycle table fence swing horse couple lady motorcycle toy frisbee ocean room rope "
-    "guitar bird boat stick".split(),
-    "dogs men women boys girls people children kids players trees rocks bikes horses adults mountains waves cars".split(),
-)
+SINGULAR = """
+    dog man woman boy girl person child beach street field ball pool wall building bike rock park road tree car bench baby mountain hill
+    lake river crowd jacket shirt hat skateboard bicycle table fence swing horse couple lady motorcycle toy frisbee ocean room rope guitar
+    bird boat stick
+"""
+PLURAL = "dogs men women boys girls people children kids players trees rocks bikes horses adults mountains waves cars"
+NOUNS = (SINGULAR.split(), PLURAL.split())
 """Frequent nouns of Flickr8k; one is swapped for another of its number."""
 
 
@@ -61,7 +63,7 @@ def one_wrong_word(examples: list[Example], most: int) -> list[tuple[Example, st
 
 
 def repairs(captioner: Captioner, examples: list[Example], most: int, weak: float | None) -> dict:
-    options = {} if weak is None else {"weak": weak}
+    options: dict[str, Any] = {} if weak is None else {"weak": weak}
     repaired, restored, damaged, changed, facts, doubt = [], [], [], [], [], ([], [])
     for example, text, swapped in one_wrong_word(examples, most):
         picture = example.image()

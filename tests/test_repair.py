@@ -198,4 +198,3 @@ def test_what_the_command_refuses(run, capsys):
     with pytest.raises(SystemExit):
         run("0.png", "--refine", "drafts.jsonl")
     assert run("0.png", "--candidates", "2", "--specificity", "2") == 0
-

@@ -266,7 +266,13 @@ def _predict_parser() -> argparse.ArgumentParser:
     add("--prefix", default="", help="text before every caption, as it is")
     add("--suffix", default="", help="text after every caption, as it is")
     for quality in ("accuracy", "fluency", "specificity"):
-        add(f"--{quality}", type=float, default=1.0, metavar="X", help=f"how much {quality} counts with --candidates and --refine; 1: as learned")
+        add(
+            f"--{quality}",
+            type=float,
+            default=1.0,
+            metavar="X",
+            help=f"how much {quality} counts with --candidates and --refine; 1: as learned",
+        )
     add("--refine", metavar="DRAFTS", help="repair captions: of a table of images and captions, or of a folder with a text file per image")
     add("--report-only", action="store_true", help="with --refine: list the most suspicious words and captions, change nothing")
     add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: 1)")

@@ -25,8 +25,8 @@ from .utils.config import SamplerConfig
 WEAK = 1.0
 """Suspicion from which a word is taken back."""
 TRUST, PRICE = 0.5, 0.9
-"""Reward that a nat is worth by which the denoiser finds a caption likelier, and that every changed word costs; chosen on validation scenes.
-Nats count as far as the image gives them: a word that is only more usual gains nothing."""
+"""Reward that a nat is worth by which the denoiser finds a caption likelier, and that every changed word costs; chosen on validation
+scenes. Nats count as far as the image gives them: a word that is only more usual gains nothing."""
 TRIES = 8
 """Fillings drawn for each hole, besides the likeliest."""
 ROUNDS = 3
@@ -161,9 +161,7 @@ class Editor:
         return found
 
     @torch.no_grad()
-    def better(
-        self, draft: Draft, weak: Sequence[int], image: Tensor, joint: Tensor, key: str, seed: int
-    ) -> tuple[str, float] | None:
+    def better(self, draft: Draft, weak: Sequence[int], image: Tensor, joint: Tensor, key: str, seed: int) -> tuple[str, float] | None:
         """The best other way to write the draft and its reward, None if the draft itself is best."""
         assert self.reward is not None
         known = [i for i in range(len(draft.spans)) if unknown_id(self.tokenizer) not in draft.ids[slice(*draft.tokens(i, i))]]
