@@ -19,12 +19,12 @@ import numpy as np
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check, swap_fact
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example, load_examples
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import gold_summary, interval_row
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, gold_summary, interval_row
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import EVEN, Dials
 from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
 
-SETTINGS = (0.0, 0.5, 1.0, 1.5, 2.0)
-"""Weights of specificity."""
+SETTINGS = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0)
+"""Weights of specificity; on validation scenes the last gains nothing any more."""
 SINGULAR = """
     dog man woman boy girl person child beach street field ball pool wall building bike rock park road tree car bench baby mountain hill
     lake river crowd jacket shirt hat skateboard bicycle table fence swing horse couple lady motorcycle toy frisbee ocean room rope guitar
@@ -97,17 +97,17 @@ def dials(captioner: Captioner, examples: list[Example]) -> list[dict]:
 def swapped_nouns(captioner: Captioner, examples: list[Example], most: int) -> dict:
     """One caption of each photograph that has a frequent noun, and the copy with another noun."""
     good, bad, found = [], [], []
+    corpus, editor = build_corpus(captioner.eyes, examples, Path("cache")), captioner.editor
     for i, example in enumerate(examples[:most]):
         text = example.captions[i % len(example.captions)]
         swapped = swap_noun(text, random.Random(seed_of(0, "noun", example.key)))
         if swapped is None:
             continue
-        picture = example.image()
-        good.append(captioner.audit(picture, text).suspicion)
-        audit = captioner.audit(picture, swapped)
-        bad.append(audit.suspicion)
+        audits = [editor.audit(caption, corpus.image([i]), corpus.joint[[i]]) for caption in (text, swapped)]
+        good.append(audits[0].suspicion)
+        bad.append(audits[1].suspicion)
         wrong = next(b for a, b in zip(text.split(), swapped.split(), strict=True) if a != b)
-        found.append(max(audit.words, key=lambda word: word.suspicion).word == wrong)
+        found.append(max(audits[1].words, key=lambda word: word.suspicion).word == wrong)
     rng = np.random.default_rng(0)
     draws = [auc(np.array(bad)[rows].tolist(), np.array(good)[rows].tolist()) for rows in rng.integers(len(good), size=(200, len(good)))]
     low, high = np.quantile(draws, [0.025, 0.975])

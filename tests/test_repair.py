@@ -107,7 +107,7 @@ def test_texts_by_hand(captioner):
     assert changed("a red circle", "a blue circle on snow") == 3 and changed("a", "a") == 0
 
 
-def test_even_dials_change_nothing_and_others_choose(captioner, scenes):
+def test_even_dials_change_nothing(captioner, scenes):
     seen = captioner.look(scenes[0])
     x0, length = torch.randint(2, 20, (6, 8)), torch.tensor([8, 7, 3, 5, 8, 1])
     members = captioner.reward.members(x0, length, seen.tokens, seen.joint)
@@ -115,15 +115,25 @@ def test_even_dials_change_nothing_and_others_choose(captioner, scenes):
     low = total.mean(0) - captioner.reward.pessimism * total.std(0, correction=0)
     want = 4.0 * torch.tanh((low - captioner.reward.base[0]) / captioner.reward.base[1] / 4.0)
     assert torch.equal(captioner.reward.score(x0, length, seen.tokens, seen.joint), want)
-    assert EVEN.weights.tolist() == [1, 0, 0, 0] and Dials(2, 1, 0.5).weights.tolist() == [1, 1, 0, -0.5]
-    free = captioner(scenes, candidates=6, temperature=1.0)
-    captioner.dials = Dials(specificity=30)
-    turned = captioner(scenes, candidates=6, temperature=1.0)
-    captioner.dials = EVEN
-    assert [c.text for c in free] != [c.text for c in turned]
-    for wrong in (-1, float("nan"), float("inf")):
+    assert EVEN.weights.tolist() == [1, 0, 0, 0] and Dials(2.0, 1.0, 0.5).weights.tolist() == [1, 1, 0, -0.5]
+    for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="count 0 or more"):
             Dials(wrong)
+
+
+def test_dials_choose_among_candidates_and_repairs(smoke, scenes):
+    """With specificity taught to be the total's opposite, turning it up chooses what is liked least."""
+    captioner = Captioner.from_pretrained(smoke / "models/smoke")
+    assert captioner.reward is not None
+    captioner.reward.linear[..., 3] = -3 * captioner.reward.linear[..., 0]
+    free = captioner(scenes, candidates=6, temperature=1.0)
+    captioner.dials = Dials(specificity=2.0)
+    turned = captioner(scenes, candidates=6, temperature=1.0)
+    texts = [[captioner.refine(scene, text, weak=0.0).text for text in TEXTS] for scene in scenes]
+    captioner.dials = EVEN
+    totals = [[captioner.audit(scene, c.text).reward for scene, c in zip(scenes, found, strict=True)] for found in (free, turned)]
+    assert all(a > b for a, b in zip(*totals, strict=True))
+    assert texts != [[captioner.refine(scene, text, weak=0.0).text for text in TEXTS] for scene in scenes]
 
 
 def test_tables_of_drafts(run, capsys):

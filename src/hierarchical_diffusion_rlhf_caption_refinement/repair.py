@@ -83,7 +83,7 @@ def read_draft(tokenizer: Tokenizer, text: str, most: int) -> Draft:
     found = tokenizer.encode(text, add_special_tokens=False)
     ids, owner, spans = found.ids[:most], [], []
     previous = None
-    for word, (start, end) in zip(found.word_ids[:most], found.offsets, strict=False):
+    for word, (start, end) in zip(found.word_ids[:most], found.offsets[:most], strict=True):
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if word != previous:
             spans.append((start, end))
@@ -139,7 +139,8 @@ class Editor:
         words = self.words(draft, image, joint)
         reward = None
         if self.reward is not None and joint is not None:
-            reward = float(self.reward.score(*pad([draft.ids], self.denoiser.max_length), image, joint, self.dials))
+            x0, length = (part.to(image.device) for part in pad([draft.ids], self.denoiser.max_length))
+            reward = float(self.reward.score(x0, length, image, joint, self.dials))
         return Repair(text, text, max(w.suspicion for w in words), reward, reward, tuple(words))
 
     def repair(self, text: str, image: Tensor, joint: Tensor | None, key: str, seed: int, weak: float = WEAK) -> Repair:
@@ -170,8 +171,7 @@ class Editor:
         others.pop(draft.text, None)
         if not others:
             return None
-        x0, length = pad([draft.ids, *others.values()], self.denoiser.max_length)
-        x0, length = x0.to(image.device), length.to(image.device)
+        x0, length = (part.to(image.device) for part in pad([draft.ids, *others.values()], self.denoiser.max_length))
         reward = self.reward.score(x0, length, image, joint, self.dials)
         likely, blind = (self.nats(x0, length, image, seen) for seen in (True, False))
         gain = torch.minimum(likely - likely[0], (likely - blind) - (likely - blind)[0])
