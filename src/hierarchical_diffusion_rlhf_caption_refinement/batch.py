@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL.Image import Image
 from rich.console import Console
@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .captioner import Caption, Captioner, Seen, Wishes
 from .data.images import ImageError
 from .inputs import Item
-from .outputs import Output, Row, beside, joined, read_text, write_table, write_text
+from .outputs import DRAFT_FIELDS, FIELDS, LISTS, Output, Row, beside, joined, read_text, write_table, write_text
+from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
 from .utils.interrupt import deferred_interrupts
 
@@ -50,6 +51,7 @@ class Work:
     seed: int
     run: str
     """Fingerprint of the model's files and the settings."""
+    fields: ClassVar = FIELDS
 
     def rows(self, tasks: Iterable[Task], batch_size: int) -> Iterator[list[tuple[Task, Row]]]:
         """A row per task, in batches; each is a caption with its tokens and reward, or an error."""
@@ -75,13 +77,34 @@ class Work:
         captions = iter(self.captioner.write([s for _, s in some if isinstance(s, Seen)], self.plan, self.seed, self.wishes))
         return [(task, self.row(task.item, next(captions) if isinstance(seen, Seen) else seen)) for task, seen in some]
 
-    def row(self, item: Item, found: Caption | Exception | str) -> Row:
-        if not isinstance(found, Caption):
-            error = found if isinstance(found, str) else f"{item.name}: {found}"
-            empty = {"caption": None, "confidence": None, "reward": None, "tokens": [], "seed": self.seed}
-            return {"image": item.name, **empty, "error": error}
+    def row(self, item: Item, found: Caption | Repair | Exception | str) -> Row:
+        empty = {field: [] if field in LISTS else None for field in self.fields} | {"image": item.name, "seed": self.seed}
+        if isinstance(found, str | Exception):
+            return empty | {"error": found if isinstance(found, str) else f"{item.name}: {found}"}
         told = asdict(found)
-        return {"image": item.name, "caption": told.pop("text"), **told, "error": None}
+        return empty | {"caption": told.pop("text"), **told}
+
+
+@dataclass(frozen=True)
+class Review(Work):
+    """How to judge drafts, and to repair them."""
+
+    weak: float
+    report_only: bool
+    fields: ClassVar = DRAFT_FIELDS
+
+    def write(self, some: Sequence[tuple[Task, Seen | str]]) -> list[tuple[Task, Row]]:
+        return [(task, self.row(task.item, self.review(task.item.draft, seen))) for task, seen in some]
+
+    def review(self, draft: str, seen: Seen | str) -> Repair | Exception | str:
+        if isinstance(seen, str):
+            return seen
+        try:
+            if self.report_only:
+                return self.captioner.editor.audit(draft, seen.tokens, seen.joint)
+            return self.captioner.editor.repair(draft, seen.tokens, seen.joint, seen.key, self.seed, self.weak)
+        except ValueError as error:
+            return error
 
 
 def fingerprint(files: Sequence[Path], *settings: object) -> str:
@@ -190,10 +213,10 @@ class Batch:
     def __init__(self, work: Work, output: Output, items: Sequence[Item], shard: tuple[int, int] = (1, 1)) -> None:
         """`shard` (i, n): only the i-th of every n images, in the order of their names."""
         self.work, self.output, self.items = work, output, items
-        unique = {item.name: item for item in items}
-        self.mine = [unique[name] for name in sorted(unique)[shard[0] - 1 :: shard[1]]]
+        unique = {item.key: item for item in items}
+        self.mine = [unique[key] for key in sorted(unique)[shard[0] - 1 :: shard[1]]]
         self.log = Log(output.log(items, shard))
-        self.identity = {name: item.identity() for name, item in unique.items()}
+        self.identity = {key: item.identity() for key, item in unique.items()}
         self.kept: set[str] = set()
 
     def close(self) -> None:
@@ -203,7 +226,7 @@ class Batch:
         """What remains to be captioned; text files that an earlier run did not get to write are written. Raises ConfigError."""
         tasks: list[Task] = []
         for item in self.mine:
-            identity = self.identity[item.name]
+            identity = self.identity[item.key]
             done = self.log.find(item, identity, self.work.run)
             caption = done["caption"] if done else None
             if self.output.format != "txt":
@@ -250,22 +273,27 @@ class Batch:
 
     def finish(self, before: int, counted: Sequence[Item], stopped: bool = False) -> Result:
         """Make the table, and the list of failures, of what all shards have so far; tell about these images."""
-        names, good, errors, failures = {item.name for item in counted}, 0, [], []
+        keys, good, errors, failures = {item.key for item in counted}, 0, [], []
         with _alone_in(self.log.path.parent):  # so that the last one to come here sees all rows
             self.log.read()
             if self.output.format != "txt":
-                write_table(self.output, self._rows())
-            for item, row in self._rows():
+                write_table(self.output, self.rows())
+            for item, row in self.rows():
                 failures += [json.dumps({"image": item.name, "error": row["error"]}) + "\n"] if row["error"] else []
-                if item.name in names and item.name not in self.kept:
+                if item.key in keys and item.name not in self.kept:
                     good += not row["error"]
                     errors += [row["error"]] if row["error"] else []
             self._list_failures(failures)
         return Result(good, before, len(self.kept), errors, stopped)
 
-    def _rows(self) -> Iterator[tuple[Item, Row]]:
-        found = ((item, self.log.find(item, self.identity[item.name], self.work.run)) for item in self.items)
-        return ((item, row) for item, row in found if row)
+    def rows(self) -> Iterator[tuple[Item, Row]]:
+        """All that is done, in the items' order; a report begins with the most suspicious captions."""
+        found = ((item, self.log.find(item, self.identity[item.key], self.work.run)) for item in self.items)
+        done = ((item, row) for item, row in found if row)
+        if not (isinstance(self.work, Review) and self.work.report_only):
+            return done
+        suspicion = [(-(row["suspicion"] or 0.0), i, item) for i, (item, row) in enumerate(done)]
+        return ((item, self.log.find(item, self.identity[item.key], self.work.run) or {}) for _, _, item in sorted(suspicion))
 
     def _list_failures(self, lines: Sequence[str]) -> None:
         """In a file of their own where the captions' files have no place for them."""

@@ -23,10 +23,11 @@ from .models.alignment import PretrainedClip, leave_one_word_out
 from .models.beam import search_or_sample
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
-from .models.reward import QUALITIES, RewardModel
+from .models.reward import EVEN, QUALITIES, RewardModel
 from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, thin
 from .models.saved import Eyes
 from .pretrained import Parts, load_parts, save_parts
+from .repair import WEAK, Editor, Repair
 from .utils.config import ConfigError, SamplerConfig
 
 MASK = "[MASK]"
@@ -165,6 +166,8 @@ class Captioner:
 
     def __init__(self, eyes: Eyes, model: DiffusionCaptionModel, reward: RewardModel | None, plan: SamplerConfig) -> None:
         self.eyes, self.model, self.reward, self.plan = eyes, model.eval(), reward, plan
+        self.dials = EVEN
+        """How much accuracy, fluency and specificity count wherever the reward decides: among candidates, and in repairs."""
         self.orders = lru_cache(maxsize=8)(self.spelled)
         if isinstance(eyes.vision, torch.nn.Module):
             eyes.vision.eval()
@@ -246,6 +249,25 @@ class Captioner:
         scores = self.reward.members(x0, length, seen.tokens, seen.joint).mean(0)[0, 1:].tolist()  # the first is the total
         return replace(caption, words=tuple(told), qualities=dict(zip(QUALITIES[1:], scores, strict=True)))
 
+    def audit(self, image: str | Path | Image, caption: str) -> Repair:
+        """How well each word of a caption fits the image. Raises ImageError, and ValueError for a caption without words."""
+        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        return self.editor.audit(caption, seen.tokens, seen.joint)
+
+    def refine(self, image: str | Path | Image, caption: str, weak: float = WEAK, seed: int = 0) -> Repair:
+        """The caption, with better words for those of at least `weak` suspicion where the reward model finds them better.
+
+        Raises ImageError, and ValueError for a caption without words or a captioner without a reward model.
+        """
+        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        return self.editor.repair(caption, seen.tokens, seen.joint, seen.key, seed, weak)
+
+    @property
+    def editor(self) -> Editor:
+        """By the base model where there is one: reinforcement learning leaves its successor sure of too much to doubt a word."""
+        denoiser = self.reward.evidence.denoiser if self.reward else self.model
+        return Editor(denoiser, self.eyes.tokenizer, self.reward, self.dials)
+
     @torch.no_grad()
     def look(self, picture: Image) -> Seen:
         """What the models see of a picture; alone, so that it is the same in every company."""
@@ -284,7 +306,7 @@ class Captioner:
         joint = torch.cat([s.joint for s in seen])
         fit = fit_of(self.eyes.alignment, self.eyes.tokenizer, joint) if plan.clip else None
         written = search_or_sample(self.model, tokens, plan, noise, drafts, banned, fit)
-        score = self.reward.score(written.x0, written.length, tokens, joint) if self.reward else None
+        score = self.reward.score(written.x0, written.length, tokens, joint, self.dials) if self.reward else None
         return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
 
     def search(self, seen: Seen, plan: SamplerConfig, seed: int, wishes: Wishes, length: int) -> Caption | ObedienceError:

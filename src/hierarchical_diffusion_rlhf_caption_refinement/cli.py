@@ -1,17 +1,19 @@
 """The commands: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 interrupted."""
 
 import argparse
+import heapq
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .ablate import ablate, ablate_parser
@@ -25,6 +27,8 @@ FRESH = 4
 """New images that `train` captions at its end."""
 DRAWN = 0.5
 """Temperature at which `predict --candidates` draws: RLHF's own."""
+SHOWN = 20
+"""Captions that `predict --refine` shows when its rows go to a file, and that an audit lists."""
 
 
 def _read_config(args: argparse.Namespace) -> Config:
@@ -254,6 +258,18 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
     add("--template", default="", help="'a photo of [MASK] on [MASK]': each [MASK] becomes one or more words, as many as are likeliest")
     add("--prefix", default="", help="text before every caption, as it is")
     add("--suffix", default="", help="text after every caption, as it is")
+    for quality in ("accuracy", "fluency", "specificity"):
+        add(
+            f"--{quality}",
+            type=float,
+            default=1.0,
+            metavar="X",
+            help=f"how much {quality} counts with --candidates and --refine; 1: as learned",
+        )
+    add("--refine", metavar="DRAFTS", help="repair captions: of a table of images and captions, or of a folder with a text file per image")
+    add("--report-only", action="store_true", help="with --refine: list the most suspicious words and captions, change nothing")
+    add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: 1)")
+    add("--caption-column", default="", metavar="NAME", help="of --refine's table; default: caption, text, captions")
     return parser
 
 
@@ -262,8 +278,10 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     args = parser.parse_intermixed_args(argv)
     settings = [text for text in args.inputs if re.fullmatch(r"[\w.]+=.*", text, re.DOTALL) and not os.path.exists(text)]
     args.images = [text for text in args.inputs if text not in settings]
-    if not (args.images or args.image_url or args.image_list):
+    if not (args.images or args.image_url or args.image_list or args.refine):
         parser.error("no images: name files, folders, ... or use --image-url or --image-list")
+    if args.refine and (args.images or args.image_url or args.image_list):
+        parser.error("--refine brings its own images")
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
         flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1}
@@ -285,12 +303,15 @@ def shard_of(text: str | None) -> tuple[int, int]:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .inputs import find_items
+    from .inputs import find_drafts, find_items
     from .outputs import check_places, make_output
 
     shard = shard_of(args.shard)
-    output = make_output(args.output, args.format, args.existing, args.ext, args.sidecar_name == "full")
-    items = find_items(args.images, args.image_url or "", args.image_list, args.recursive, args.image_column)
+    output = make_output(args.output, args.format, args.existing, args.ext, args.sidecar_name == "full", bool(args.refine))
+    if args.refine:
+        items = find_drafts(args.refine, args.recursive, args.image_column, args.caption_column, args.ext)
+    else:
+        items = find_items(args.images, args.image_url or "", args.image_list, args.recursive, args.image_column)
     if output:
         check_places(output, items)
     from .batch import Batch, Task
@@ -300,7 +321,7 @@ def _predict(args: argparse.Namespace) -> int:
         if output is None:
             one = bool(args.image_url) or (len(items) == 1 and args.images)
             mine = items[shard[0] - 1 :: shard[1]]
-            return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one))
+            return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one), args.report_only)
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         with closing(Batch(work, output, items, shard)) as batch:
             result = batch.run(args.batch_size, show=shard[0] == 1)
@@ -309,6 +330,8 @@ def _predict(args: argparse.Namespace) -> int:
                 if shard[0] > 1:
                     return 0
                 result = batch.finish(result.before, items)
+            if args.refine:
+                show_review((row for _, row in batch.rows() if not row["error"]), args.report_only)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there", file=sys.stderr)
         return 130
@@ -317,8 +340,10 @@ def _predict(args: argparse.Namespace) -> int:
 
 def read_work(args: argparse.Namespace) -> Any:
     """The model and the settings, checked. Raises ConfigError, CheckpointError."""
-    from .batch import Work, fingerprint
+    from .batch import Review, Work, fingerprint
     from .captioner import Captioner, Wishes
+    from .models.reward import EVEN, Dials
+    from .repair import WEAK
     from .utils.config import with_overrides
 
     texts = tuple(args.must_include), tuple(args.ban), args.template
@@ -326,7 +351,18 @@ def read_work(args: argparse.Namespace) -> Any:
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type)
     plan = with_overrides(captioner.eyes.config, args.settings).sampler
     captioner.write([], plan, args.seed, wishes)  # says what it cannot do
-    return Work(captioner, plan, wishes, args.seed, fingerprint(captioner.parts.files, plan, wishes, args.seed))
+    captioner.dials = Dials(args.accuracy, args.fluency, args.specificity)
+    if captioner.dials != EVEN and plan.candidates == 1 and not args.refine:
+        raise ConfigError("--accuracy, --fluency and --specificity count where captions are chosen: with --candidates or --refine")
+    if captioner.reward is None and (captioner.dials != EVEN or (args.refine and not args.report_only)):
+        raise ConfigError(f"{args.checkpoint}: no reward model beside it, by which captions could be chosen")
+    files = captioner.parts.files
+    settings = [plan, wishes, args.seed, *([captioner.dials] if captioner.dials != EVEN else [])]
+    if not args.refine:
+        return Work(captioner, plan, wishes, args.seed, fingerprint(files, *settings))
+    weak = WEAK if args.weak is None else args.weak
+    run = fingerprint(files, *settings, weak, args.report_only)
+    return Review(captioner, plan, wishes, args.seed, run, weak, args.report_only)
 
 
 def meet(ranks: int) -> None:
@@ -354,25 +390,54 @@ def failed(errors: Sequence[str], good: int) -> int:
     return 0 if not errors else 3 if good else 1
 
 
-def print_captions(batches: Iterator[Any], detail: bool) -> int:
-    errors, good = [], 0
+def print_captions(batches: Iterator[Any], detail: bool, report_only: bool) -> int:
+    errors, good, worst = [], 0, []
     for batch in batches:
         rows = [row for _, row in batch]
-        show_captions(rows, detail)
+        if report_only:
+            worst = most_suspicious([*worst, *(row for row in rows if not row["error"])])
+        else:
+            show_captions(rows, detail)
         errors += [row["error"] for row in rows if row["error"]]
         good += sum(not row["error"] for row in rows)
+    if report_only:
+        show_review(worst, report_only)
     return failed(errors, good)
 
 
 def show_captions(rows: Sequence[dict[str, Any]], detail: bool) -> None:
+    from .repair import diff
+
     console = Console()
     for row in (r for r in rows if not r["error"]):
         name = row["image"].encode("utf-8", "replace").decode()
-        console.print(f"{name}: {row['caption']}", highlight=False, markup=False, soft_wrap=True)
+        caption = diff(row["draft"], row["caption"]) if "draft" in row else row["caption"]
+        console.print(f"{name}: {caption}", highlight=False, markup=False, soft_wrap=True)
         if detail:
             reward = "" if row["reward"] is None else f", reward {row['reward']:+.2f}"
             console.print(f"confidence {row['confidence']:.2f}{reward}", highlight=False)
             console.print("  ".join(f"{t['token']} {t['confidence']:.2f}" for t in row["tokens"]), style="dim", highlight=False)
+
+
+def most_suspicious(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return heapq.nlargest(SHOWN, rows, key=lambda row: row["suspicion"])
+
+
+def show_review(rows: Iterable[dict[str, Any]], report_only: bool) -> None:
+    """The first repairs, or the captions with the most suspicious words and what the model would rather say."""
+    if not report_only:
+        repaired = [row for row in rows if row["caption"] != row["draft"]]
+        show_captions(repaired[:SHOWN], False)
+        print(f"{len(repaired)} captions repaired" + (f", {SHOWN} of them above" if len(repaired) > SHOWN else ""))
+        return
+    table = Table(title="most suspicious captions", title_justify="left")
+    for name in ("suspicion", "word", "rather", "caption", "image"):
+        table.add_column(name, justify="right" if name == "suspicion" else "left", overflow="fold")
+    for row in most_suspicious(rows):
+        word = max(row["words"], key=lambda word: word["suspicion"])
+        texts = (word["word"], word["instead"], row["draft"], row["image"])
+        table.add_row(f"{row['suspicion']:.1f}", *(escape(text.encode("utf-8", "replace").decode()) for text in texts))
+    Console().print(table)
 
 
 def _export_parser(prog: str) -> argparse.ArgumentParser:

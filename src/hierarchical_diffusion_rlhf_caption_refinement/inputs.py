@@ -7,7 +7,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from glob import glob
 from pathlib import Path
@@ -21,6 +21,8 @@ from .utils.config import ConfigError
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "url", "image_url")
 """Columns of a table that may name the image; the first that is there does."""
+CAPTIONS = ("caption", "text", "captions")
+"""Columns of a table that may hold the image's caption, or several in a list; the first that is there does."""
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -38,13 +40,21 @@ class Item:
     """RGB. Raises ImageError."""
     alone: bool = False
     """The image is a file of its own."""
+    draft: str = ""
+    """A caption to repair."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """An image may have several drafts."""
+        return self.name, self.draft
 
     def identity(self) -> str:
         try:
             stat = self.file.stat() if self.file else None
         except (OSError, ValueError):  # ValueError: a null character in the name
             return "missing"
-        return f"{stat.st_size}-{stat.st_mtime_ns}" if stat else ""
+        draft = f" {self.draft}" if self.draft else ""
+        return (f"{stat.st_size}-{stat.st_mtime_ns}" if stat else "") + draft
 
 
 def is_address(name: str) -> bool:
@@ -131,44 +141,56 @@ def _cell(path: Path, group: int, column: str, row: int, name: str) -> Image:
     raise ImageError(f"{name}: no image in this row")
 
 
-def _column(names: Sequence[str], wanted: str, path: Path) -> str:
-    found = next((c for c in ([wanted] if wanted else COLUMNS) if c in names), None)
+def _column(names: Sequence[str], wanted: str, path: Path, usual: Sequence[str] = COLUMNS, kind: str = "image") -> str:
+    found = next((c for c in ([wanted] if wanted else usual) if c in names), None)
     if found is None:
-        raise ConfigError(f"{path}: no column {wanted or 'of images'} among {', '.join(names)}; --image-column names it")
+        raise ConfigError(f"{path}: no column {wanted or f'of {kind}s'} among {', '.join(names)}; --{kind}-column names it")
     return found
 
 
-def _parquet(path: Path, wanted: str) -> list[Item] | list[str]:
-    """Images that the file holds, as Hugging Face data sets do, or their names."""
+def _holds_images(field: Any) -> bool:
+    return str(field.type).startswith(("struct", "binary", "large_binary"))
+
+
+def _parquet(path: Path, wanted: str) -> list[Item]:
+    """Images that the file holds, as Hugging Face data sets do; none if it only names them."""
     file = load_pyarrow(path).ParquetFile(path)
     column = _column(file.schema_arrow.names, wanted, path)
-    if not str(file.schema_arrow.field(column).type).startswith(("struct", "binary", "large_binary")):
-        return [str(v) for g in range(file.num_row_groups) for v in file.read_row_group(g, [column]).column(0).to_pylist() if v]
+    if not _holds_images(file.schema_arrow.field(column)):
+        return []
     places = ((g, r) for g in range(file.num_row_groups) for r in range(file.metadata.row_group(g).num_rows))
     rows = [(f"{path}/{i}", i, g, r) for i, (g, r) in enumerate(places)]
     return [Item(name, Path(path.stem, f"{i}.png"), path, partial(_cell, path, g, column, r, name)) for name, i, g, r in rows]
 
 
-def _table(path: Path, wanted: str) -> list[Item]:
-    """The images that a table names, relative to its folder."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """A table's rows, without images that it holds."""
+    if path.suffix == ".parquet":
+        file = load_pyarrow(path).ParquetFile(path)
+        columns = [field.name for field in file.schema_arrow if not _holds_images(field)]
+        return [row for group in range(file.num_row_groups) for row in file.read_row_group(group, columns).to_pylist()]
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
+    """The images that a table names, relative to its folder, or holds; with `captions`, that column's (\"\": a usual one's) as drafts."""
     try:
-        if path.suffix == ".parquet":
-            found = _parquet(path, wanted)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            found = [str(row[_column(list(row), wanted, path)]) for row in rows]
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as lines:
-                reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-                column = _column(list(reader.fieldnames or []), wanted, path)
-                found = [row[column] for row in reader if row[column]]
+        items, rows = _parquet(path, wanted) if path.suffix == ".parquet" else [], _records(path)
+        if not items:
+            rows = [row for row in rows if row[_column(list(row), wanted, path)]]
+            items = _listed([str(row[_column(list(row), wanted, path)]) for row in rows], path.parent)
+        if captions is None:
+            return items
+        told = [row[_column(list(row), captions, path, CAPTIONS, "caption")] for row in rows]
+        several = [[str(text or "").strip() for text in (cell if isinstance(cell, list) else [cell])] for cell in told]
+        return [replace(item, draft=text) for item, texts in zip(items, several, strict=True) for text in texts]
     except ConfigError:
         raise
     except Exception as error:  # of json, csv, pyarrow and the file system
         raise ConfigError(f"{path}: not a readable table: {' '.join(str(error).split())[:200]}") from None
-    if found and isinstance(found[0], Item):
-        return [item for item in found if isinstance(item, Item)]
-    return _listed([str(name) for name in found], path.parent)
 
 
 def _one(text: str, recursive: bool, column: str) -> list[Item]:
@@ -206,3 +228,22 @@ def find_items(
     if image:
         items.append(_named(image, Path(image).parent))
     return items + (_listed(read_lines(listing)) if listing else [])
+
+
+def find_drafts(text: str, recursive: bool, column: str, captions: str, ext: str) -> list[Item]:
+    """Images with captions to repair: the rows of a table, or those of a folder beside which their captions lie, one a line.
+
+    Raises ConfigError.
+    """
+    if Path(text).suffix.lower() in TABLES and not os.path.isdir(text):
+        items = _table(Path(text), column, captions)
+    else:
+        told = ((item, item.file.with_suffix(ext)) for item in _one(text, recursive, column) if item.alone and item.file)
+        items = [
+            replace(item, draft=line.strip())
+            for item, path in told if path.is_file()
+            for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()
+        ]  # fmt: skip
+    if not items:
+        raise ConfigError(f"{text}: no caption in it")
+    return items

@@ -20,7 +20,9 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 Existing = Literal["skip", "overwrite", "append", "prepend", "error"]
 EXISTING: tuple[Existing, ...] = get_args(Existing)
 FIELDS = ("image", "caption", "confidence", "reward", "tokens", "seed", "error")
-FLAT = tuple(field for field in FIELDS if field != "tokens")
+DRAFT_FIELDS = ("image", "caption", "draft", "suspicion", "reward", "draft_reward", "words", "seed", "error")
+LISTS = ("tokens", "words")
+"""Fields that a CSV has no place for."""
 Row = dict[str, Any]
 
 
@@ -34,6 +36,8 @@ class Output:
     ext: str = ".txt"
     full_name: bool = False
     """a.jpg.txt instead of a.txt"""
+    drafts: bool = False
+    """The captions were there before."""
 
     def __post_init__(self) -> None:
         if self.ext.lower() in SUFFIXES or not self.ext.startswith("."):
@@ -42,6 +46,10 @@ class Output:
             raise ConfigError(f"--existing {self.existing} is for text files (--format txt); a table is always made anew from its log")
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return DRAFT_FIELDS if self.drafts else FIELDS
 
     def sidecar(self, item: Item) -> Path:
         """The text file of an image."""
@@ -59,7 +67,7 @@ class Output:
         return folder / f"captions{part}.log.jsonl"
 
 
-def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool) -> Output | None:
+def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool, drafts: bool = False) -> Output | None:
     """From the command line; the format follows from the file's name. None: captions are printed. Raises ConfigError."""
     if form is None and path is None:
         return None
@@ -69,17 +77,20 @@ def make_output(path: Path | None, form: str | None, existing: str, ext: str, fu
             raise ConfigError(f"{path}: --format says what to write, one of {', '.join(FORMATS)}")
     if form == "metadata" and path and path.suffix != ".jsonl":
         path = path / "metadata.jsonl"
-    return Output(cast(Format, form), path, cast(Existing, existing), ext, full_name)
+    if drafts and form == "txt" and path is None:
+        raise ConfigError("--refine --format txt needs --output FOLDER: drafts stay as they are")
+    return Output(cast(Format, form), path, cast(Existing, existing), ext, full_name, drafts)
 
 
 def check_places(output: Output, items: Sequence[Item]) -> None:
     """Raises ConfigError where captions would fall on each other or have no place, before anything is done."""
-    taken: dict[Any, str] = {}
+    taken: dict[Any, tuple[str, str]] = {}
     for item in items:
         place = _place(output, item)
-        if place is not None and (first := taken.setdefault(place, item.name)) != item.name:
+        if place is not None and (first := taken.setdefault(place, item.key)) != item.key:
             help_ = "; --sidecar-name full writes NAME.SUFFIX" + output.ext if output.format == "txt" and not output.full_name else ""
-            raise ConfigError(f"{first} and {item.name} would share {place}{help_}")
+            both = f"{first[0]} and {item.name}" if first[0] != item.name else f"two captions of {item.name}"
+            raise ConfigError(f"{both} would share {place}{help_}")
 
 
 def _place(output: Output, item: Item) -> Any:
@@ -89,7 +100,7 @@ def _place(output: Output, item: Item) -> Any:
     if output.format == "coco":
         return f"the COCO id {coco_id(item)}"
     if output.format == "metadata":
-        return file_name(output, item)
+        return file_name(output, item), item.draft
     return None
 
 
@@ -147,13 +158,14 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
     path = cast(Path, output.path)
     with whole(path) as partial:
         if output.format == "parquet":
-            _write_parquet(partial, ({f: row[f] for f in FIELDS} for _, row in rows))
+            _write_parquet(partial, output.fields, ({f: row[f] for f in output.fields} for _, row in rows))
             return
         with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             if output.format == "csv":
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(FLAT)
-                writer.writerows([row[f] for f in FLAT] for _, row in rows)
+                flat = [field for field in output.fields if field not in LISTS]
+                writer.writerow(flat)
+                writer.writerows([row[f] for f in flat] for _, row in rows)
                 return
             as_list = output.format in ("json", "coco")
             file.write("[" if as_list else "")
@@ -173,17 +185,20 @@ def _shaped(output: Output, item: Item, row: Row) -> Row:
         return {"file_name": file_name(output, item), "text": row["caption"]}
     if output.format == "coco":
         return {"image_id": coco_id(item), "caption": row["caption"]}
-    return {field: row[field] for field in FIELDS}
+    return {field: row[field] for field in output.fields}
 
 
-def _write_parquet(path: Path, rows: Iterator[Row], size: int = 1000) -> None:
+def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row], size: int = 1000) -> None:
     parquet = load_pyarrow(path)
     import pyarrow
 
-    token = pyarrow.struct([("token", pyarrow.string()), ("confidence", pyarrow.float64()), ("step", pyarrow.int64())])
-    types = dict.fromkeys(("image", "caption", "error"), pyarrow.string()) | dict.fromkeys(("confidence", "reward"), pyarrow.float64())
-    types |= {"tokens": pyarrow.list_(token), "seed": pyarrow.int64()}
-    schema = pyarrow.schema([(field, types[field]) for field in FIELDS])
+    text, number, whole_number = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    token = pyarrow.struct([("token", text), ("confidence", number), ("step", whole_number)])
+    word = pyarrow.struct([("word", text), ("confidence", number), ("suspicion", number), ("instead", text), ("credit", number)])
+    types = dict.fromkeys(("image", "caption", "draft", "error"), text)
+    types |= dict.fromkeys(("confidence", "reward", "draft_reward", "suspicion"), number)
+    types |= {"tokens": pyarrow.list_(token), "words": pyarrow.list_(word), "seed": whole_number}
+    schema = pyarrow.schema([(field, types[field]) for field in fields])
     with parquet.ParquetWriter(path, schema) as writer:
         some: list[Row] = []
         for row in rows:

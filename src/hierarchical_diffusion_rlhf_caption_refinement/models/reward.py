@@ -8,6 +8,7 @@ Axes: N images, B captions = N x G, T caption length, F features, M members, Q q
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import cast
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..utils.config import ConfigError
 from .alignment import Alignment, creditable, credited_tokens, leave_one_word_out, text_scores
 from .denoiser import DiffusionCaptionModel, bounded_length_logp
 from .diffusion import HIDDEN, valid_positions
@@ -31,6 +33,27 @@ BLIND = ("mean logp blind", "worst logp blind", "words", "words squared", "conte
 """Features that do not see the image: the text-only baseline."""
 BOUND = 4.0
 """Scores saturate this many base-model standard deviations from the base model's mean."""
+
+
+@dataclass(frozen=True)
+class Dials:
+    """How much each quality counts: 1 as people's choices say, 2 once more what they say about that quality, 0 so much less."""
+
+    accuracy: float = 1.0
+    fluency: float = 1.0
+    specificity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value < float("inf") for value in astuple(self)):
+            raise ConfigError("accuracy, fluency and specificity count 0 or more")
+
+    @property
+    def weights(self) -> Float[Tensor, " Q"]:
+        """Of total, accuracy, fluency and specificity."""
+        return torch.tensor([1.0, *(value - 1 for value in astuple(self))])
+
+
+EVEN = Dials()
 
 Words = Callable[[Sequence[int]], tuple[list[str], list[int]]]
 """Token ids -> the caption's words, and the word index of each token."""
@@ -158,10 +181,15 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"], image: Float[Tensor, "N P I"], joint: Float[Tensor, "N E"]
+        self,
+        x0: Int[Tensor, "B T"],
+        length: Int[Tensor, " B"],
+        image: Float[Tensor, "N P I"],
+        joint: Float[Tensor, "N E"],
+        dials: Dials = EVEN,
     ) -> Float[Tensor, " B"]:
         """The reward of RLHF: the ensemble's lower bound, centred on the base model's captions and softly bounded; 0 is the base model."""
-        total = self.members(x0, length, image, joint)[..., 0]
+        total = self.members(x0, length, image, joint) @ dials.weights.to(image.device)
         low = total.mean(0) - self.pessimism * total.std(0, correction=0)
         return BOUND * torch.tanh((low - self.base[0]) / self.base[1] / BOUND)
 
