@@ -32,7 +32,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, Evidence
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Kind, build_alignment, load_denoiser, load_eyes
 from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import fit_alignment
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs, rated, to_pairs, with_repeating
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs, rated, to_pairs
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward import decided_accuracy, examine, fit_linear, targets
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, load_config
@@ -88,8 +88,8 @@ def main() -> None:
     paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     models = {kind: load_denoiser(path, kind)[1].eval() for kind, path in paths.items()}
     evidence = Evidence(models["base"], other.alignment, words_and_owners(eyes.tokenizer))
-    found = rated(config, judged)
-    learned = to_pairs(with_repeating(found.test.comparisons, config.reward.repeats, config.seed), judged)
+    found = rated(config, models["base"], judged)
+    learned = to_pairs([*found.test.comparisons, *(found.repeats.comparisons if found.repeats else [])], judged)
     beta = fitted(evidence, learned, config.reward.l2)
     texts = {kind: write_captions(m, corpus, range(len(corpus)), config.sampler, config.seed).texts for kind, m in models.items()}
     rows = sorted(set(range(len(judged))) - set(found.test.rows))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -57,6 +58,7 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, name in enumerate(("image.jpg", "photos/0.jpg", "photos/1.png", "listed.png")):
         render(sample_scene(5, "test", i)).save(folder / name)
     (folder / "images.txt").write_text("image.jpg\nlisted.png\n")
+    (folder / "drafts.jsonl").write_text(json.dumps({"image": "image.jpg", "caption": "a red circle on snow"}) + "\n")
     (folder / "more.txt").write_text("listed.png\n")
     (folder / "products.csv").write_text("sku,photo\n1,image.jpg\n2,photos/0.jpg\n")
     with tarfile.open(folder / "shard.tar", "w") as tar:

@@ -10,6 +10,7 @@ import torch
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, Rating, append_comparisons, flip, to_trl
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import repeats, tokenize
 from hierarchical_diffusion_rlhf_caption_refinement.training import comparisons
 from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import (
     agreement,
@@ -21,7 +22,6 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import 
     repeating,
     simulated,
     to_pairs,
-    with_repeating,
 )
 
 
@@ -120,21 +120,16 @@ def test_simulated_judgements_keep_images_apart(world: Any) -> None:
     assert again.train.comparisons == found.train.comparisons and torch.equal(again.test.label, found.test.label)
 
 
-def test_a_repeating_copy_says_a_content_word_again_and_loses() -> None:
-    liked = "a red dog runs on the green grass"
-    rows = [comparison(i, "b", a="a man", b=liked) for i in range(200)]
-    found = with_repeating(rows, 0.5, 0)
-    again = [c for c in found if c.annotator == "repetition"]
-    assert 60 < len(again) < 110 and [c for c in found if c.annotator != "repetition"] == rows
-    assert all(found[found.index(c) - 1].id == c.id.removesuffix("/again") for c in again)
-    won = [c if c.choice == "a" else flip(c) for c in again]
-    assert {c.a for c in won} == {liked} and {c.choice for c in again} == {"a", "b"}
-    for c in won:
-        words, content = c.b.split(), {"red", "dog", "runs", "green", "grass"}
-        changed = [(new, old) for new, old in zip(words, liked.split(), strict=True) if new != old]
-        assert len(changed) == 1 and changed[0][0] in content and words.count(changed[0][0]) == 2
-    assert with_repeating(rows, 0.0, 0) == rows and with_repeating(rows, 0.5, 0) == found
-    assert repeating(comparison(0, "tie"), 0) is None and repeating(comparison(0, "a", a="on the"), 0) is None
+def test_of_captions_that_repeat_themselves_and_others_the_others_win(world: Any) -> None:
+    config = replace(world.config, sampler=replace(world.config.sampler, order="left_to_right", beams=2))
+    corpus, model = world.corpora["test"], world.denoiser()
+    found = repeating(model, corpus, [e.key for e in corpus.examples[:6]], config, 9)
+    assert 0 < len(found) <= 9 and {c.choice for c in found} == {"a", "b"}
+    for c in found:
+        won, lost = (c.a, c.b) if c.choice == "a" else (c.b, c.a)
+        assert repeats(tokenize(lost)) and not repeats(tokenize(won)) and c.image in {e.key for e in corpus.examples[:6]}
+    assert found == repeating(model, corpus, [e.key for e in corpus.examples[:6]], config, 9)
+    assert repeating(model, corpus, [], config, 9) == repeating(model, corpus, ["test/0"], config, 0) == []
 
 
 def test_rating_agreement_of_unanimous_and_of_guessing_raters() -> None:
@@ -163,7 +158,7 @@ def test_recorded_comparisons_are_of_images_of_any_split_and_split_by_image(worl
     path, rows = tmp_path / "comparisons.jsonl", recordings(world)
     append_comparisons(path, rows)
     config = replace(world.config, data=replace(world.config.data, comparisons=str(path)))
-    found = recorded(config, world.corpora)
+    found = recorded(config, world.denoiser(), world.corpora)
     parts = [found.train, found.val, found.test]
     images = [{c.image for c in part.comparisons} for part in parts]
     assert sum(map(len, images)) == len(set().union(*images)) == 42 and [len(p) for p in parts] == [2 * len(i) for i in images]
@@ -182,7 +177,7 @@ def test_recorded_comparisons_may_be_a_data_set_of_trl(world: Any, tmp_path: Pat
     rows = recordings(world)
     count = to_trl(rows, tmp_path / "metadata.jsonl")
     data = replace(world.config.data, comparisons=str(tmp_path / "metadata.jsonl"))
-    found = recorded(replace(world.config, data=data), world.corpora)
+    found = recorded(replace(world.config, data=data), world.denoiser(), world.corpora)
     decided = sum(map(len, (found.train, found.val, found.test)))
     assert 0 < decided == count - 3 == sum(c.choice in ("a", "b") for c in rows) - 3 and found.rater_agreement == 1
     assert {label for part in (found.train, found.val) for label in part.label.tolist()} == {0, 1}

@@ -141,7 +141,7 @@ def distinct_n(captions: Sequence[Tokens], n: int) -> float:
     return len(set(grams)) / max(len(grams), 1)
 
 
-def _repeats(caption: Tokens) -> bool:
+def repeats(caption: Tokens) -> bool:
     pairs = _ngrams(caption, 2)
     content = [word for word in caption if word not in FUNCTION_WORDS]
     return any(a == b for a, b in pairs) or len(set(pairs)) < len(pairs) or len(set(content)) < len(content)
@@ -152,7 +152,7 @@ def repetition(captions: Sequence[Tokens]) -> float:
 
     Not each is a fault (`a red shirt and a red hat`): people do it in 9.5 % of Flickr8k. Compare with the references' own share.
     """
-    return sum(map(_repeats, captions)) / max(len(captions), 1)
+    return sum(map(repeats, captions)) / max(len(captions), 1)
 
 
 def bad_endings(captions: Sequence[Tokens]) -> float:

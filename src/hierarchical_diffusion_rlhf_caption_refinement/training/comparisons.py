@@ -4,7 +4,7 @@ Axes: n pairs, T caption length.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -30,8 +30,7 @@ from ..data.preferences import (
 from ..data.scenes import swap_fact
 from ..data.text import encode, pad
 from ..evaluation.evaluate import write_captions
-from ..evaluation.metrics import tokenize
-from ..models.alignment import FUNCTION_WORDS
+from ..evaluation.metrics import repeats, tokenize
 from ..models.denoiser import DiffusionCaptionModel
 from ..utils.config import Config, SamplerConfig
 from ..utils.seeding import seed_of
@@ -40,6 +39,8 @@ HELD_OUT_PAIRS, TEST_PAIRS, SWAPS = 400, 1400, 3
 """Comparisons of scenes for choosing and calibrating, and for the report, each shown to two raters; facts swapped per test scene."""
 SHARES = (0.6, 0.2, 0.2)
 """Shares of the images that people's judgements of are for training, for choosing, and for the report."""
+REPEAT_GROUP, REPEAT_TURNS = 4, 8
+"""Captions drawn of an image in search of one that repeats itself and one that does not, and how many times at most."""
 LABELS = {"a": 0, "b": 1, "tie": 2, "both_bad": 2}
 PLANS = (SamplerConfig(steps=8, temperature=0.7), SamplerConfig(steps=8, temperature=0.2))
 """The two ways in which the captions of a pair are drawn. Both are close to what rollouts and readers will see: among hotter captions the
@@ -84,6 +85,8 @@ class Judgements:
     """Pairs of test images that differ in one fact; only scenes have them."""
     rater_agreement: float
     """Rate at which a second rater makes the same choice, both having chosen a side."""
+    repeats: Pairs | None = None
+    """Pairs of test images of which one caption repeats itself."""
 
 
 def to_pairs(comparisons: Sequence[Comparison], corpus: Corpus) -> Pairs:
@@ -150,68 +153,50 @@ def agreement(pairs: Pairs) -> float:
     return sum(x == y for x, y in decided) / len(decided) if decided else float("nan")
 
 
-def repeating(c: Comparison, seed: int) -> Comparison | None:
-    """The preferred caption against its copy that says one of its content words again: right after itself, or in place of another one.
+def repeating(model: DiffusionCaptionModel, corpus: Corpus, keys: Iterable[str], config: Config, count: int) -> list[Comparison]:
+    """Up to `count` pairs of captions that rollouts would draw of these images: one says something twice, the other does not, and wins.
 
     People do not write such captions, so nobody rates them, and a reward model that has never seen one likes them for what they name twice.
     """
-    rng = random.Random(seed_of(seed, "repeating", c.id))
-    words = tokenize(c.a if c.choice == "a" else c.b)
-    content = [i for i, word in enumerate(words) if word not in FUNCTION_WORDS]
-    if c.choice not in ("a", "b") or not content:
-        return None
-    said = rng.choice(content)
-    place = min(said + 1, len(words) - 1) if rng.random() < 0.5 else rng.choice(content)
-    again = [*words[:place], words[said], *words[place + 1 :]]
-    if again == words:
-        return None
-    found = Comparison(f"{c.id}/again", c.image, " ".join(words), " ".join(again), "a", annotator="repetition", reasons=("fluency",))
-    return found if rng.random() < 0.5 else flip(found)
+    rows, plan = sorted({corpus.row_of[key] for key in keys}), replace(config.sampler.plain, temperature=config.rlhf.temperature)
+    found: list[Comparison] = []
+    for turn in range(REPEAT_TURNS):
+        if len(found) >= count or not rows:
+            break
+        texts = write_captions(model, corpus, rows, plan, seed_of(config.seed, "repeating", turn), group=REPEAT_GROUP).texts
+        for i, row in enumerate(rows):
+            drawn = texts[i * REPEAT_GROUP : (i + 1) * REPEAT_GROUP]
+            once, twice = ([t for t in drawn if repeats(tokenize(t)) is again] for again in (False, True))
+            if once and twice:
+                key = corpus.examples[row].key
+                pair = Comparison(f"{key}/{turn}", key, once[0], twice[0], "a", annotator="repetition", reasons=("fluency",))
+                found.append(flip(pair) if len(found) % 2 else pair)
+    return found[:count]
 
 
-def with_repeating(comparisons: Sequence[Comparison], share: float, seed: int) -> list[Comparison]:
-    """The comparisons, a share of them followed by their preferred caption against one that repeats itself."""
-    found = []
-    for c in comparisons:
-        again = repeating(c, seed) if random.Random(seed_of(seed, "repeats", c.id)).random() < share else None
-        found += [c, again] if again else [c]
-    return found
+def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
+    """Train, val and test by image, with captions of them that repeat themselves: among the others in train and val, apart for the report."""
+    parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
+    again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
+    train = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0])) if again[0] else parts[0]
+    pairs = [to_pairs(part, corpus) for part in (train, [*parts[1], *again[1]], parts[2], again[2])]
+    return Judgements(*pairs[:3], None, float("nan"), pairs[3])
 
 
-def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
-    """Simulated raters compare the base model's captions of scenes; held-out pairs are shown to two of them."""
-    seed, bias, most = config.seed, config.reward.length_bias, max(config.reward.comparisons, *config.reward.curve, 1)
-    counts = {"train": (most, 1), "val": (min(HELD_OUT_PAIRS, most), 2), "test": (min(TEST_PAIRS, most), 2)}
-    pairs: dict[str, Pairs] = {}
-    for split, (count, judges) in counts.items():
-        shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
-        pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges, bias), corpora[split])
-    swapped = [pair for swap in range(SWAPS) for pair in fact_pairs(base, corpora["test"], config, seed_of(seed, "swap", swap))]
-    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"), length_bias=bias)
-    return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
-
-
-def split_pairs(comparisons: Sequence[Comparison], corpus: Corpus, config: Config) -> list[Pairs]:
-    """Train, val and test by image; the first two with captions that repeat themselves among the others'."""
-    parts, share = split_by_image(comparisons, SHARES, config.seed), config.reward.repeats
-    return [to_pairs(with_repeating(part, s, config.seed), corpus) for part, s in zip(parts, (share, share, 0.0), strict=True)]
-
-
-def rated(config: Config, corpus: Corpus) -> Judgements:
+def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgements:
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
     ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
-    train, val, test = split_pairs(ratings_to_comparisons(ratings, config.seed), corpus, config)
-    return Judgements(train, val, test, None, rating_agreement(ratings, config.seed))
+    found = split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config)
+    return replace(found, rater_agreement=rating_agreement(ratings, config.seed))
 
 
-def recorded(config: Config, corpora: dict[str, Corpus]) -> Judgements:
+def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
     """Comparisons that people made of captions of any of the data set's images, split by image, whatever split of the captions it is in."""
     path = Path(config.data.comparisons)
     found = from_trl(path) if path.name == "metadata.jsonl" else read_comparisons(path)
     corpus = of_images(corpora, {c.image for c in found})
-    train, val, test = split_pairs(found, corpus, config)
     one_way = to_pairs([c if c.a <= c.b else flip(c) for c in found], corpus)  # a second rater may have had them the other way round
-    return Judgements(train, val, test, None, agreement(one_way))
+    return replace(split_pairs(found, base, corpus, config), rater_agreement=agreement(one_way))
 
 
 def of_images(corpora: dict[str, Corpus], keys: set[str]) -> Corpus:

@@ -146,9 +146,9 @@ class Pipeline:
         """People's where there are some, else the simulated raters'."""
         config, data = self.run.config, self.run.config.data
         if data.ratings:
-            found, source = rated(config, self.corpora["test"]), f"{data.ratings}: no two captions to compare of the test images"
+            found, source = rated(config, base, self.corpora["test"]), f"{data.ratings}: no two captions to compare of the test images"
         elif data.comparisons:
-            found, source = recorded(config, self.corpora), f"{data.comparisons}: no comparison of the data set's images"
+            found, source = recorded(config, base, self.corpora), f"{data.comparisons}: no comparison of the data set's images"
         else:
             found, source = simulated(config, base, self.corpora), "data.source=scenes: no two captions to compare of the scenes"
         if few := [name for name in ("train", "val", "test") if not len(getattr(found, name))]:

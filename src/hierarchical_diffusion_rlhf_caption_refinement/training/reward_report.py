@@ -16,7 +16,7 @@ from ..evaluation.evaluate import interval_row
 from ..models.reward import BLIND, FEATURES, RewardModel
 from ..utils.config import RewardConfig
 from ..utils.seeding import generator
-from .comparisons import Judgements, Pairs, repeating, to_pairs
+from .comparisons import Judgements, Pairs
 from .reward import Examined, decided_accuracy, examine, fit_ensemble, fit_linear, head_of, mean_margin, smoothing_from, targets
 
 
@@ -103,9 +103,8 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, confi
         "temperature": float(reward.temperature),
         "weights": dict(zip(FEATURES, reward.linear[..., 0].mean(0).tolist(), strict=True)),
     }
-    again = [c for c in (repeating(c, seed) for c in found.test.comparisons) if c]
-    repeated = to_pairs(again, found.test.corpus)
-    report["repetition"] = accuracy_row(mean_margin(reward, examine(reward.evidence, repeated)), repeated) if again else None
+    if found.repeats is not None and len(found.repeats):
+        report["repetition"] = accuracy_row(mean_margin(reward, examine(reward.evidence, found.repeats)), found.repeats)
     smoothing = smoothing_from(ceiling)
     report["curve"] = learning_curve(reward, train, test, config, smoothing, seed)
     if found.facts is not None and len(found.facts):

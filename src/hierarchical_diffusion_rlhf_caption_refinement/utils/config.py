@@ -231,7 +231,7 @@ class RewardConfig:
     reader_layers: int = 1
     """Blocks of the reader, started from the denoiser's last ones."""
     repeats: float = 0.0
-    """Share of people's comparisons and ratings to which a caption that repeats itself is added, as the loser: they never show any."""
+    """Pairs of the base model's captions of which one repeats itself, and loses, as a share of people's comparisons, which show no such."""
     l2: float = 0.01
     """Ridge penalty of the linear head."""
     length_bias: float = 0.0
