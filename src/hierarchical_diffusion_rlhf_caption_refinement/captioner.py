@@ -227,7 +227,8 @@ class Captioner:
             draft = self.describe(written, 0, None, seed)
             if any(token.token == MASK for token in draft.tokens):
                 yield replace(draft, confidence=0.0, text=f"{wishes.prefix}{draft.text}{wishes.suffix}")
-        caption = self.settled(seen, 0, *self.judged([seen], plan, written), plan, seed, wishes)
+        best, score = self.judged([seen], plan, written)  # pyright: ignore[reportPossiblyUnboundVariable]
+        caption = self.settled(seen, 0, best, score, plan, seed, wishes)
         if isinstance(caption, ObedienceError):
             raise caption
         yield self.explained(caption, seen)
@@ -272,7 +273,6 @@ class Captioner:
             caption = self.search(seen, plan, seed, wishes, int(written.length[row]))
         return replace(caption, text=f"{wishes.prefix}{caption.text}{wishes.suffix}") if isinstance(caption, Caption) else caption
 
-    @torch.no_grad()
     def draw(
         self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, known: Tensor | None, banned: Tensor | None
     ) -> tuple[Trajectory, Tensor | None]:
@@ -291,6 +291,7 @@ class Captioner:
         fit = fit_of(self.eyes.alignment, self.eyes.tokenizer, joint) if plan.clip else None
         return search_or_denoise(self.model, tokens, plan, noise, drafts, banned, fit)
 
+    @torch.no_grad()
     def judged(self, seen: Sequence[Seen], plan: SamplerConfig, written: Trajectory) -> tuple[Trajectory, Tensor | None]:
         tokens, joint = torch.cat([s.tokens for s in seen]), torch.cat([s.joint for s in seen])
         score = self.reward.score(written.x0, written.length, tokens, joint) if self.reward else None
