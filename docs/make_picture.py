@@ -14,7 +14,7 @@ SIDE, LEFT, LINE, GAP = 300, 50, 34, 14
 def draw(image: Path, captioner: Captioner, output: Path) -> None:
     """The picture, and under each denoising step the words so far, the new ones dark."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 20)
-    shown = list(captioner.stream(image))
+    _, *shown = captioner.stream(image)  # the first has no words yet
     height = max(SIDE, LINE * len(shown)) + 2 * GAP
     widths = [max(font.getlength(t.token), 24.0) for t in shown[-1].tokens]
     page = Image.new("RGB", (SIDE + LEFT + int(sum(widths)) + GAP * (len(widths) + 3), height), "white")

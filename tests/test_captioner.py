@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, Wishes, content_key
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, ObedienceError, Wishes, content_key
 from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, said
@@ -72,14 +72,37 @@ def test_words_say_where_the_reward_comes_from(captioner, scenes):
         assert set(caption.qualities) == {"accuracy", "fluency", "specificity"}
 
 
-def test_the_stream_uncovers_the_caption_step_by_step(captioner, scenes):
-    for wishes in (Wishes(), Wishes(must_include=("green circle",), prefix="sks, ")):
-        shown = list(captioner.stream(scenes[0], wishes=wishes, steps=5))
-        whole = captioner(scenes[0], wishes=wishes, steps=5)[0]
-        assert shown[-1] == whole and len(shown) == whole.steps
-        for step, caption in enumerate(shown, 1):
-            words = [t.token if t.step <= step else "[MASK]" for t in whole.tokens]
-            assert caption.text == wishes.prefix + " ".join(words) and [t.token for t in caption.tokens] == words
+@pytest.mark.parametrize("remask", [0, 1])
+def test_the_stream_uncovers_the_caption_step_by_step(captioner, scenes, remask):
+    settings = {"wishes": Wishes(prefix="sks, "), "steps": 5, "remask": remask}
+    *drafts, last = captioner.stream(scenes[0], **settings)
+    assert last == captioner(scenes[0], **settings)[0] and len(drafts) == last.steps
+    for step, draft in enumerate(drafts[:5]):
+        shown = [t.token if t.step <= step else "[MASK]" for t in last.tokens]
+        assert draft.text == "sks, " + " ".join(t.token for t in draft.tokens) and draft.reward is None
+        assert remask or [t.token for t in draft.tokens] == shown
+
+
+def test_the_stream_shows_each_draft_before_the_next_is_thought_of(captioner, scenes, monkeypatch):
+    calls, advance = [], captioner.model.advance
+    monkeypatch.setattr(captioner.model, "advance", lambda *args: calls.append(1) or advance(*args))
+    for done, draft in enumerate(captioner.stream(scenes[0], steps=5)):
+        assert len(calls) == done and sum(t.token != "[MASK]" for t in draft.tokens) >= done
+    assert torch.is_grad_enabled()
+
+
+def test_what_comes_at_once_is_the_streams_last_caption(captioner, scenes):
+    for settings in (
+        {"wishes": Wishes(must_include=("green circle",))},
+        {"candidates": 3, "temperature": 0.8},
+        {"beams": 2, "order": "left_to_right"},
+    ):
+        *drafts, last = captioner.stream(scenes[0], **settings)
+        assert last == captioner(scenes[0], **settings)[0] and all("[MASK]" in draft.text for draft in drafts)
+        assert bool(drafts) == ("beams" not in settings)
+    every = (w for w in captioner.eyes.tokenizer.get_vocab() if w.isalpha() and w != "red")
+    with pytest.raises(ObedienceError, match="no caption was found that obeys"):
+        list(captioner.stream(scenes[0], wishes=Wishes(ban=(*every, "red red"), min_words=3)))
 
 
 def test_company_and_order_do_not_matter_and_the_seed_does(captioner, scenes):

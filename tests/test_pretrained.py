@@ -139,6 +139,17 @@ def test_damaged_folders_are_one_clear_line(exported, tmp_path, name, content, l
     assert "\n" not in str(error.value)
 
 
+def test_settings_of_another_version_are_one_line_and_exit_code_1(exported, scenes, tmp_path, capsys):
+    scenes[0].save(tmp_path / "0.png")
+    shutil.copytree(exported, tmp_path / "later")
+    told = json.loads((tmp_path / "later/config.json").read_text())
+    told["settings"]["base"]["later"] = 1
+    (tmp_path / "later/config.json").write_text(json.dumps(told))
+    assert cli.main(["predict", "--checkpoint", str(tmp_path / "later"), str(tmp_path / "0.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json: made by another version of the package: base.later: " in line
+
+
 def test_another_kind_than_asked_for_is_refused(exported):
     with pytest.raises(CheckpointError, match="is a rlhf captioner, expected base"):
         Captioner.from_pretrained(exported, "base")

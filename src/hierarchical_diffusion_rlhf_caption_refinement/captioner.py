@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -20,7 +19,7 @@ from .data.images import load_image
 from .data.text import contains, decode, decode_rows, pad, said, spell, spellings, unknown_id, words_and_owners
 from .evaluation.evaluate import best_candidates, fit_of, pick
 from .models.alignment import PretrainedClip, leave_one_word_out
-from .models.beam import search_or_sample
+from .models.beam import search_or_denoise
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
 from .models.reward import EVEN, QUALITIES, RewardModel
@@ -219,20 +218,23 @@ class Captioner:
         return [self.explained(caption, one) for caption, one in zip(found, seen, strict=True) if isinstance(caption, Caption)]
 
     def stream(self, image: str | Path | Image, seed: int = 0, wishes: Wishes = FREE, **settings: object) -> Iterator[Caption]:
-        """The caption after each denoising step, [MASK] where a word is still to come; the last one is that of a call.
+        """The caption while it is denoised, [MASK] where a word is still to come: before the first step (its length comes first), after
+        each step, and at last, complete, that of a call, which alone has a reward and a confidence.
 
-        It is told once it is complete, from the steps at which its words were decided; reward and confidence are those of the whole.
+        Shown is the first caption drawn. What takes its place, a better candidate or one found to obey, and the outcome of a beam search
+        come at once, as the last. Raises what a call raises.
         """
-        (whole,) = self(image, seed, wishes, **settings)
-        for step in range(1, whole.steps):
-            parts: list[str] = []
-            there = [token.step <= step for token in whole.tokens]
-            for shown, run in groupby(zip(there, whole.ids, strict=True), itemgetter(0)):
-                ids = [i for _, i in run]
-                parts += [decode(self.eyes.tokenizer, ids)] if shown else [MASK] * len(ids)
-            tokens = tuple(token if shown else Token(MASK, 0.0, 0) for token, shown in zip(whole.tokens, there, strict=True))
-            yield replace(whole, text=wishes.prefix + " ".join(parts) + wishes.suffix, tokens=tokens, words=())
-        yield whole
+        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        plan = self.bounded(replace(self.plan, **settings), wishes)  # type: ignore[arg-type]
+        for written in self.drawn([seen], plan, seed, None, self.orders(wishes).banned):
+            draft = self.describe(written, 0, None, seed)
+            if any(token.token == MASK for token in draft.tokens):
+                yield replace(draft, confidence=0.0, text=f"{wishes.prefix}{draft.text}{wishes.suffix}")
+        best, score = self.judged([seen], plan, written)  # pyright: ignore[reportPossiblyUnboundVariable]
+        caption = self.settled(seen, 0, best, score, plan, seed, wishes)
+        if isinstance(caption, ObedienceError):
+            raise caption
+        yield self.explained(caption, seen)
 
     @torch.no_grad()
     def explained(self, caption: Caption, seen: Seen) -> Caption:
@@ -278,34 +280,42 @@ class Captioner:
 
     def write(self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, wishes: Wishes = FREE) -> list[Caption | ObedienceError]:
         """A caption per picture, or why there is none. Raises ConfigError for wishes that the model cannot fulfil."""
-        plan, orders = self.bounded(plan, wishes), self.orders(wishes)
-        if orders.given > (most := min(plan.max_words or self.model.max_length, self.model.max_length)):
-            raise ConfigError(f"the given words and what is between them take {orders.given} tokens, a caption has at most {most}")
+        plan = self.bounded(plan, wishes)
         if not seen:
             return []
-        written, score = self.draw(seen, plan, seed, None, orders.banned)
-        found: list[Caption | ObedienceError] = []
-        for i, one in enumerate(seen):
-            caption: Caption | ObedienceError = self.describe(written, i, float(score[i]) if score is not None else None, seed)
-            if not wishes.obeyed_by(caption.text):
-                caption = self.search(one, plan, seed, wishes, int(written.length[i]))
-            found.append(
-                replace(caption, text=f"{wishes.prefix}{caption.text}{wishes.suffix}") if isinstance(caption, Caption) else caption
-            )
-        return found
+        written, score = self.draw(seen, plan, seed, None, self.orders(wishes).banned)
+        return [self.settled(one, i, written, score, plan, seed, wishes) for i, one in enumerate(seen)]
 
-    @torch.no_grad()
+    def settled(
+        self, seen: Seen, row: int, written: Trajectory, score: Tensor | None, plan: SamplerConfig, seed: int, wishes: Wishes
+    ) -> Caption | ObedienceError:
+        """The caption in that row or, if it does not obey, one that is searched for."""
+        caption: Caption | ObedienceError = self.describe(written, row, float(score[row]) if score is not None else None, seed)
+        if not wishes.obeyed_by(caption.text):
+            caption = self.search(seen, plan, seed, wishes, int(written.length[row]))
+        return replace(caption, text=f"{wishes.prefix}{caption.text}{wishes.suffix}") if isinstance(caption, Caption) else caption
+
     def draw(
         self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, known: Tensor | None, banned: Tensor | None
     ) -> tuple[Trajectory, Tensor | None]:
-        """Captions of each picture, the best of every `plan.candidates` by reward, and their rewards; `known`: drafts, as in `sample`."""
+        """Captions of each picture, the best of every `plan.candidates` by reward, and their rewards."""
+        *_, written = self.drawn(seen, plan, seed, known, banned)
+        return self.judged(seen, plan, written)
+
+    def drawn(
+        self, seen: Sequence[Seen], plan: SamplerConfig, seed: int, known: Tensor | None, banned: Tensor | None
+    ) -> Iterator[Trajectory]:
+        """`plan.candidates` captions of each picture in the making, at last complete; `known`: drafts, as in `sample`."""
         device, group = self.model.mask.device, plan.candidates * (1 if known is None else len(known))
         noise = noise_for([s.key for s in seen], group, plan.steps, self.model.max_length, seed).to(device)
         drafts = None if known is None else known.to(device).repeat_interleave(plan.candidates, 0)
-        tokens = torch.cat([s.tokens for s in seen])
-        joint = torch.cat([s.joint for s in seen])
+        tokens, joint = torch.cat([s.tokens for s in seen]), torch.cat([s.joint for s in seen])
         fit = fit_of(self.eyes.alignment, self.eyes.tokenizer, joint) if plan.clip else None
-        written = search_or_sample(self.model, tokens, plan, noise, drafts, banned, fit)
+        return search_or_denoise(self.model, tokens, plan, noise, drafts, banned, fit)
+
+    @torch.no_grad()
+    def judged(self, seen: Sequence[Seen], plan: SamplerConfig, written: Trajectory) -> tuple[Trajectory, Tensor | None]:
+        tokens, joint = torch.cat([s.tokens for s in seen]), torch.cat([s.joint for s in seen])
         score = self.reward.score(written.x0, written.length, tokens, joint, self.dials) if self.reward else None
         return best_candidates(written, score, plan.candidates) if plan.candidates > 1 else (written, score)
 
@@ -341,7 +351,11 @@ class Captioner:
         low = max(plan.min_words, wishes.min_words)
         if low > self.model.max_length:
             raise ConfigError(f"a caption has at most {self.model.max_length} tokens, not {low}")
-        return replace(plan, min_words=low, max_words=min(high or plan.max_words, plan.max_words or high))
+        plan = replace(plan, min_words=low, max_words=min(high or plan.max_words, plan.max_words or high))
+        most, given = min(plan.max_words or self.model.max_length, self.model.max_length), self.orders(wishes).given
+        if given > most:
+            raise ConfigError(f"the given words and what is between them take {given} tokens, a caption has at most {most}")
+        return plan
 
     def spelled(self, wishes: Wishes) -> Orders:
         """Raises ConfigError for a word that the model does not know."""
@@ -373,10 +387,14 @@ class Captioner:
     def describe(self, written: Trajectory, row: int, reward: float | None, seed: int) -> Caption:
         n = int(written.length[row])
         ids, confidence, step = written.x0[row, :n].tolist(), written.confidence[row, :n].tolist(), written.step[row, :n].tolist()
-        tokenizer = self.eyes.tokenizer
-        tokens = tuple(Token(decode(tokenizer, [i]), c, s) for i, c, s in zip(ids, confidence, step, strict=True))
+        tokenizer, parts = self.eyes.tokenizer, list[str]()
+        for open_, run in groupby(zip(step, ids, strict=True), lambda pair: pair[0] == HIDDEN):
+            some = [i for _, i in run]
+            parts += [MASK] * len(some) if open_ else [decode(tokenizer, some)]
+        told = zip(ids, confidence, step, strict=True)
+        tokens = tuple(Token(MASK, 0.0, 0) if s == HIDDEN else Token(decode(tokenizer, [i]), c, s) for i, c, s in told)
         mean = float(np.exp(np.log(np.maximum(confidence, 1e-9)).mean()))
-        return Caption(decode(tokenizer, ids), mean, reward, tokens, seed, tuple(ids))
+        return Caption(" ".join(parts), mean, reward, tokens, seed, tuple(ids))
 
 
 def content_key(picture: Image) -> str:

@@ -441,8 +441,11 @@ def show_review(rows: Iterable[dict[str, Any]], report_only: bool) -> None:
 
 
 def _export_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Write a captioner in Hugging Face's layout, with a model card.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="base or refined; the reward model beside it goes along")
+    parser = argparse.ArgumentParser(prog=prog, description="Write a captioner, or comparisons, as Hugging Face's libraries read them.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="base or refined, with the reward model beside it and a model card")
+    what.add_argument("--preferences", type=Path, metavar="FILE", help="recorded comparisons, as an imagefolder for TRL's DPOTrainer")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of the comparisons (default: their file's)")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     return parser
 
@@ -453,6 +456,12 @@ def export(argv: Sequence[str] | None = None, prog: str = "caprefine export") ->
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.preferences:
+        from .adapters.trl import export_preferences
+
+        pairs = export_preferences(args.preferences, args.images or args.preferences.parent, args.output)
+        print(f"{pairs} pairs in {args.output}")
+        return 0
     from .captioner import Captioner
 
     Captioner.from_pretrained(args.checkpoint).save_pretrained(args.output)

@@ -35,10 +35,11 @@ from .models.saved import (
     load_weights,
     reward_from,
     reward_payload,
+    settings_from,
 )
 from .models.vision import PretrainedVision, quiet
 from .utils.checkpoint import CheckpointError
-from .utils.config import Config, VisionConfig, config_from_plain, to_plain
+from .utils.config import Config, VisionConfig, to_plain
 
 MODEL_TYPE = "caprefine"
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -144,8 +145,9 @@ def _from_folder(folder: Path, kind: str | None) -> Parts:
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
 
-    settings = to_plain(_placed(config_from_plain(told["settings"]), folder))
-    eyes = eyes_from({"config": settings, "tokenizer": tokenizer, "banned": told["banned"]} | {p: part(p) for p in ("vision", "alignment")})
+    settings = to_plain(_placed(settings_from(told["settings"], folder / CONFIG), folder))
+    payload = {"config": settings, "tokenizer": tokenizer, "banned": told["banned"]} | {p: part(p) for p in ("vision", "alignment")}
+    eyes = eyes_from(payload, folder / CONFIG)
     denoiser, reward = build_denoiser(eyes), None
     load_weights(denoiser, part("denoiser"), folder / WEIGHTS)
     if told["reward"]:

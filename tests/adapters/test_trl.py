@@ -1,11 +1,15 @@
 """TRL: preferences go out with their images, and rewards come in."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.adapters.trl import export_preferences, preference_reward
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, PreferenceError, append_comparisons, from_trl
@@ -39,6 +43,14 @@ def test_preferences_go_out_with_their_images(recorded, tmp_path):
     assert {c.image for c in from_trl(out / "metadata.jsonl")} == {"0.png", "more/1.png"}
 
 
+def test_the_command_does_the_same(recorded, tmp_path, capsys):
+    comparisons = ["export", "--preferences", str(recorded / "comparisons.jsonl"), "--output", str(tmp_path / "out")]
+    assert cli.main([*comparisons, "--images", str(recorded / "images")]) == 0 and (tmp_path / "out/more/1.png").exists()
+    assert capsys.readouterr().out == f"3 pairs in {tmp_path / 'out'}\n"
+    assert cli.main(comparisons) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize("name", ["gone.png", "../images/0.png"])
 def test_an_image_that_is_not_there_is_named(recorded, tmp_path, name):
     append_comparisons(tmp_path / "bad.jsonl", [Comparison("x", name, "a", "b", "a")])
@@ -55,6 +67,62 @@ def test_its_trainer_can_read_the_preferences(recorded, tmp_path):
     with warnings.catch_warnings(action="ignore"):
         trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
         assert trl.is_conversational(data[0])
+
+
+def tiny_llava(folder: Path) -> None:
+    """A model that sees and its processor, random, with words for the recorded comparisons."""
+    import transformers
+
+    words = ["<pad>", "<unk>", "<image>", "good", "bad", *"abc"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<pad>", "extra_special_tokens": {"image_token": "<image>"}}
+    said = "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}"
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        chat_template="{% for m in messages %}" + said + "{% endfor %}",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=32, patch_size=16),
+        text_config=transformers.LlamaConfig(**small, vocab_size=len(words)),
+        image_token_index=words.index("<image>"),
+        vision_feature_layer=-1,
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_model_that_sees_learns_from_the_preferences(recorded, tmp_path):
+    """Two updates of DPO on a LLaVA of one layer that was saved on the spot."""
+    export_preferences(recorded / "comparisons.jsonl", recorded / "images", tmp_path / "out")
+    with warnings.catch_warnings(action="ignore"):
+        trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
+        datasets = pytest.importorskip("datasets")
+        tiny_llava(tmp_path / "vlm")
+        data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+        args = trl.DPOConfig(
+            str(tmp_path / "run"),
+            max_steps=2,
+            per_device_train_batch_size=3,
+            learning_rate=0.1,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+        )
+        trainer = trl.DPOTrainer(str(tmp_path / "vlm"), args=args, train_dataset=data)
+        trainer.train()
+    first, second = (row for row in trainer.state.log_history if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["rewards/margins"] == 0
+    assert second["loss"] < first["loss"] and second["rewards/margins"] > 0
 
 
 def test_the_reward_is_the_captions_own(captioner):

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.beam import beam_search, search_or_sample
+from hierarchical_diffusion_rlhf_caption_refinement.models.beam import beam_search, search_or_denoise
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import UNKNOWN, likelihood, noise_for, sample, score
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError, SamplerConfig
@@ -81,10 +81,13 @@ def test_a_caption_does_not_depend_on_its_batch_and_keeps_to_bounds_and_bans(toy
 def test_the_plan_decides_who_decodes_and_given_words_are_kept(toy: Toy):
     model, images = toy(seed=13), torch.randn(2, 3, 4)
     noise = noise_for(range(2), 1, 4, 5, 0)
-    assert search_or_sample(model, images, GREEDY, noise).x0.equal(sample(model, images, GREEDY, noise).x0)
-    assert search_or_sample(model, images, wide(3, 3), noise).x0.equal(beam_search(model, images, wide(3, 3)).x0)
+    *_, drawn = search_or_denoise(model, images, GREEDY, noise)
+    assert drawn.x0.equal(sample(model, images, GREEDY, noise).x0)
+    (found,) = search_or_denoise(model, images, wide(3, 3), noise)
+    assert found.x0.equal(beam_search(model, images, wide(3, 3)).x0)
     known = torch.tensor([[3, UNKNOWN, 5, 10_000, 10_000]] * 2)
-    assert search_or_sample(model, images, wide(3, 3), noise, known).x0[:, [0, 2]].tolist() == [[3, 5]] * 2
+    *_, given = search_or_denoise(model, images, wide(3, 3), noise, known)
+    assert given.x0[:, [0, 2]].tolist() == [[3, 5]] * 2
 
 
 @pytest.mark.parametrize("wrong", [{"order": "spread"}, {"temperature": 1.0}, {"guidance": 2.0}, {"remask": 1}, {"threshold": 0.9}])

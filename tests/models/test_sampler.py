@@ -18,6 +18,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import (
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import (
     UNKNOWN,
     Trajectory,
+    denoise,
     inverse_cdf,
     likelihood,
     noise_for,
@@ -134,16 +135,41 @@ def test_a_caption_does_not_depend_on_what_is_sampled_beside_it(toy: Toy, order:
 
 def test_drafts_are_whole_captions_that_come_to_agree_with_the_last(toy: Toy) -> None:
     model, image = toy(max_length=6), torch.randn(3, 3, 4)
-    seen: list[Tensor] = []
-    t = draw(model, image, PLAN, drafts=True, on_step=seen.append)
+    t = draw(model, image, PLAN, drafts=True)
     assert t.drafts is not None and t.drafts.shape == (12, PLAN.steps + 1, 6)
-    assert torch.equal(t.drafts[:, -1], t.x0) and torch.equal(torch.stack(seen, 1), t.drafts[:, : len(seen)])
+    assert torch.equal(t.drafts[:, -1], t.x0)
     for k in range(PLAN.steps):
         fixed = t.step <= k
         assert torch.equal(t.drafts[:, k][fixed], t.x0[fixed])
         assert (t.drafts[:, k][t.step != HIDDEN] > 1).all()
     plain = draw(model, image, PLAN)
     assert plain.drafts is None and torch.equal(plain.x0, t.x0) and torch.equal(plain.step, t.step)
+
+
+@pytest.mark.parametrize("order", [*ROLLOUT_ORDERS, "confidence"])
+def test_in_the_making_every_step_shows_what_was_revealed_before_it(toy: Toy, order: Order) -> None:
+    model, image = toy(max_length=9), torch.randn(2, 3, 4)
+    plan = replace(PLAN, order=order)
+    noise = noise_for("ab", 4, plan.steps, 9, seed=0)
+    *made, end = denoise(model, image, plan, noise)
+    assert len(made) == end.step[end.step < HIDDEN].max() == plan.steps
+    for k, t in enumerate(made):
+        there = end.step <= k
+        assert torch.equal(t.step, torch.where(there, end.step, HIDDEN)) and torch.equal(t.length, end.length)
+        for now, last in ((t.x0, end.x0), (t.logp, end.logp), (t.confidence, end.confidence)):
+            assert torch.equal(now, torch.where(there, last, 0))
+
+
+def test_what_is_written_again_is_open_before(toy: Toy) -> None:
+    model, image = toy(max_length=9), torch.randn(2, 3, 4)
+    noise = noise_for("ab", 4, PLAN.steps, 9, seed=0)
+    first = list(denoise(model, image, PLAN, noise))
+    made = list(denoise(model, image, replace(PLAN, remask=1), noise))
+    assert all(torch.equal(a.step, b.step) and torch.equal(a.x0, b.x0) for a, b in zip(first, made[: len(first)], strict=True))
+    again, end = made[len(first)], made[-1]
+    taken = again.step != first[-1].step
+    assert (again.step[taken] == HIDDEN).all() and torch.equal(taken.sum(1), (end.length + 7) // 8)
+    assert torch.equal(end.x0[~taken], first[-1].x0[~taken]) and torch.equal(end.step != HIDDEN, first[-1].step != HIDDEN)
 
 
 def test_greedy_takes_the_likeliest_words_and_the_median_length(toy: Toy) -> None:

@@ -84,6 +84,16 @@ def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path)
     assert "base.pt" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_settings_of_another_version_are_one_line_that_names_file_and_key(eyes: Eyes, tmp_path: Path) -> None:
+    save_eyes(tmp_path / "eyes.pt", eyes, {})
+    saved = torch.load(tmp_path / "eyes.pt")
+    saved["payload"]["config"]["base"]["later"] = 1
+    torch.save(saved, tmp_path / "eyes.pt")
+    with pytest.raises(CheckpointError, match=r"eyes\.pt: made by another version of the package: base\.later: .*'later'") as error:
+        load_eyes(tmp_path / "eyes.pt")
+    assert "\n" not in str(error.value)
+
+
 def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: Eyes) -> None:
     other = Config(run="other", seed=7, data=DataConfig(max_words=30, train=5), base=BaseConfig(width=64))
     merged = with_config(eyes, other).config

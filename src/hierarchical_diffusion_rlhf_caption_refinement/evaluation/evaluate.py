@@ -20,7 +20,7 @@ from ..data.scenes import check
 from ..data.sources import Example
 from ..data.text import decode_rows
 from ..models.alignment import Alignment, PretrainedClip, text_scores
-from ..models.beam import Fit, search_or_sample
+from ..models.beam import Fit, search_or_denoise
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import RewardModel
 from ..models.sampler import Trajectory, noise_for
@@ -95,7 +95,7 @@ def write_captions(
         noise = noise_for(keys, group * plan.candidates, plan.steps, model.max_length, seed).to(device)
         image, joint = corpus.image(some).to(device), corpus.joint[list(some)].to(device)
         fit = fit_of(alignment, corpus.tokenizer, joint) if alignment is not None else None
-        trajectory = search_or_sample(model, image, plan, noise, fit=fit)
+        *_, trajectory = search_or_denoise(model, image, plan, noise, fit=fit)
         score = reward.score(trajectory.x0, trajectory.length, image, joint) if reward else None
         if plan.candidates > 1:
             trajectory, score = best_candidates(trajectory, score, plan.candidates)

@@ -3,7 +3,7 @@
 Axes: N images, L lengths, K beams, R = N x L x K captions in the making, T caption length, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,14 +12,13 @@ from torch import Tensor
 from ..utils.config import SamplerConfig
 from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
 from .diffusion import HIDDEN, valid_positions
-from .sampler import Noise, Trajectory, policy_logp, sample, score
+from .sampler import Noise, Trajectory, denoise, policy_logp, score
 
 Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
 """Ids and lengths -> how well each caption fits its image."""
 
 
-@torch.no_grad()
-def search_or_sample(
+def search_or_denoise(
     model: DiffusionCaptionModel,
     image: Float[Tensor, "N P F"],
     plan: SamplerConfig,
@@ -27,11 +26,14 @@ def search_or_sample(
     known: Tensor | None = None,
     banned: Bool[Tensor, " V"] | None = None,
     fit: Fit | None = None,
-) -> Trajectory:
-    """Captions as the plan says; given words (`known`, as in `sample`) leave nothing to search for among lengths and are sampled."""
+) -> Iterator[Trajectory]:
+    """Captions as the plan says, in the making and at last complete; a search tells only the end.
+
+    Given words (`known`, as in `sample`) leave nothing to search for among lengths and are sampled.
+    """
     if plan.beams == plan.lengths == 1 or known is not None:
-        return sample(model, image, plan, noise, known, banned=banned)
-    return beam_search(model, image, plan, banned, fit)
+        return denoise(model, image, plan, noise, known, banned=banned)
+    return iter([beam_search(model, image, plan, banned, fit)])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ Axes: B captions = N images x G, T caption length, K steps, R rows, V vocabulary
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import comb
@@ -57,7 +57,7 @@ class Trajectory:
 
     x0: Int[Tensor, "B T"]
     step: Int[Tensor, "B T"]
-    """Step that revealed each token; 0 for given words, HIDDEN for padding."""
+    """Step that revealed each token; 0 for given words, HIDDEN for padding and for what is still open."""
     length: Int[Tensor, " B"]
     logp: Float[Tensor, "B T"]
     """Nats of each token at its step; 0 for given words and padding."""
@@ -137,11 +137,25 @@ def sample(
     noise: Noise,
     known: Int[Tensor, "B T"] | None = None,
     drafts: bool = False,
-    on_step: Callable[[Int[Tensor, "B T"]], None] | None = None,
     banned: Bool[Tensor, " V"] | None = None,
 ) -> Trajectory:
     """Caption N images, B / N times each. `known` fixes words and with them the lengths (UNKNOWN marks open positions inside a caption,
-    HIDDEN the padding); `on_step` sees the greedy completion of every caption before each step; no `banned` token is written."""
+    HIDDEN the padding); no `banned` token is written."""
+    *_, done = denoise(model, image, plan, noise, known, drafts, banned)
+    return done
+
+
+@torch.no_grad()
+def denoise(
+    model: DiffusionCaptionModel,
+    image: Float[Tensor, "N P F"],
+    plan: SamplerConfig,
+    noise: Noise,
+    known: Int[Tensor, "B T"] | None = None,
+    drafts: bool = False,
+    banned: Bool[Tensor, " V"] | None = None,
+) -> Iterator[Trajectory]:
+    """What `sample` returns, in the making: before each step, and at last complete."""
     twice = _twice(plan.guidance)
     seen = None if plan.guidance == 1 else torch.arange(2 * len(image), device=image.device) < len(image)
     memory = model.read_image(twice(image), seen)
@@ -163,16 +177,15 @@ def sample(
     for k in range(1, plan.steps + 1):
         if not open_.any():
             break
+        yield Trajectory(x0, torch.where(open_, HIDDEN, step), length, logp, confidence, length_logp, None)
         now = open_ & (step == k)
-        ask = take_rows(open_ if by_model or drafts or on_step or plan.threshold else now)
+        ask = take_rows(open_ if by_model or drafts or plan.threshold else now)
         logits, cache = model.advance(cache, twice(x0), _both(new, twice), _both(ask, twice), twice(length), memory)
         dist = policy_logp(guided(logits, plan.guidance), plan.temperature, plan.top_p, banned)
         best = dist.max(-1)
         token = inverse_cdf(dist, noise.token.gather(1, ask.position)) if plan.temperature > 0 else best.indices
-        if drafts or on_step:
+        if drafts:
             history.append(put(x0, ask, best.indices))
-            if on_step:
-                on_step(history[-1])
         if by_model or plan.threshold:
             sure = put(torch.zeros_like(confidence), ask, best.values.exp())
             if by_model:
@@ -187,9 +200,10 @@ def sample(
         open_, new = open_ & ~now, take_rows(now)
     history += [x0] * (plan.steps + 1 - len(history))
     done = Trajectory(x0, step, length, logp, confidence, length_logp, torch.stack(history, 1) if drafts else None)
+    yield done
     for _ in range(plan.remask):
-        done = rewrite(model, image, plan, noise, done, banned)
-    return done
+        for done in rewrite(model, image, plan, noise, done, banned):  # noqa: B020, it begins with the one before
+            yield done
 
 
 def order_score(confidence: Float[Tensor, "B T"], u: Float[Tensor, "B T"], plan: SamplerConfig) -> Float[Tensor, "B T"]:
@@ -206,16 +220,17 @@ def _both(rows: Rows, twice: Callable[[Tensor], Tensor]) -> Rows:
 
 def rewrite(
     model: DiffusionCaptionModel, image: Tensor, plan: SamplerConfig, noise: Noise, done: Trajectory, banned: Tensor | None = None
-) -> Trajectory:
+) -> Iterator[Trajectory]:
     """Take back the least confident eighth of the words that were written, and write them again given the rest, one at a time."""
     mine = (done.step > 0) & (done.step < HIDDEN)
     weak = select(-done.confidence, mine, (mine.sum(1) + 7) // 8)
     known = torch.where(weak, UNKNOWN, torch.where(done.step < HIDDEN, done.x0, HIDDEN))
-    steps = int(weak.sum(1).max())
-    again = sample(model, image, replace(plan, remask=0, steps=max(steps, 1), threshold=0.0), noise, known, banned=banned)
-    confidence = torch.where(weak, again.confidence, done.confidence)
-    step = torch.where(weak, again.step + (done.step * mine).amax(1, keepdim=True), done.step)
-    return replace(again, confidence=confidence, length_logp=done.length_logp, step=step)
+    plan = replace(plan, remask=0, steps=max(int(weak.sum(1).max()), 1), threshold=0.0)
+    before = (done.step * mine).amax(1, keepdim=True)
+    for again in denoise(model, image, plan, noise, known, banned=banned):
+        confidence = torch.where(weak, again.confidence, done.confidence)
+        step = torch.where(weak, (again.step + before).clamp(max=HIDDEN), done.step)
+        yield replace(again, confidence=confidence, length_logp=done.length_logp, step=step)
 
 
 @dataclass(frozen=True)

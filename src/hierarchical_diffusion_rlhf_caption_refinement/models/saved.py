@@ -9,7 +9,7 @@ from torch import nn
 
 from ..utils import checkpoint
 from ..utils.checkpoint import CheckpointError
-from ..utils.config import Config, config_from_plain, to_plain
+from ..utils.config import Config, ConfigError, config_from_plain, to_plain
 from .alignment import Alignment, AlignmentModel, PretrainedClip
 from .denoiser import DiffusionCaptionModel
 from .gpt2 import add_lora, load_gpt2, merged_weights, shape_of, start_from_gpt2
@@ -80,8 +80,17 @@ def eyes_payload(eyes: Eyes) -> dict[str, Any]:
     return common | {"vision": dict(eyes.vision.state_dict()), "alignment": own}
 
 
-def eyes_from(payload: dict[str, Any]) -> Eyes:
-    config = config_from_plain(payload["config"])
+def settings_from(tree: dict[str, Any], path: Path) -> Config:
+    """Settings that a file holds. Raises CheckpointError."""
+    try:
+        return config_from_plain(tree)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: made by another version of the package: {error}") from None
+
+
+def eyes_from(payload: dict[str, Any], path: Path) -> Eyes:
+    """The eyes that `eyes_payload` describes; `path` is for the message of the CheckpointError."""
+    config = settings_from(payload["config"], path)
     tokenizer = Tokenizer.from_str(payload["tokenizer"])
     vision = build_vision(config.vision)
     vision.load_state_dict(payload["vision"])
@@ -100,7 +109,7 @@ def save_eyes(path: Path, eyes: Eyes, facts: dict[str, Any]) -> None:
 
 def load_eyes(path: Path) -> tuple[Eyes, dict[str, Any]]:
     payload = checkpoint.load(path, "alignment")
-    return eyes_from(payload), payload["facts"]
+    return eyes_from(payload, path), payload["facts"]
 
 
 def captioner_kind(path: Path) -> Literal["base", "rlhf"]:
@@ -118,7 +127,7 @@ def save_denoiser(path: Path, kind: Literal["base", "rlhf"], eyes: Eyes, model: 
 def load_denoiser(path: Path, kind: Literal["base", "rlhf"]) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:
     """Eyes, the model in eval mode, and the facts saved with it. Raises CheckpointError."""
     payload = checkpoint.load(path, kind)
-    eyes = eyes_from(payload)
+    eyes = eyes_from(payload, path)
     model = build_denoiser(eyes)
     load_weights(model, payload["model"], path)
     return eyes, model.eval(), payload["facts"]
@@ -148,7 +157,7 @@ def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, An
 def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
     """The frozen reward model and the facts saved with it. Raises CheckpointError."""
     payload = checkpoint.load(path, "reward")
-    return reward_from(eyes_from(payload), words, payload, path), payload["facts"]
+    return reward_from(eyes_from(payload, path), words, payload, path), payload["facts"]
 
 
 def find_reward(captioner: Path, config: Config) -> Path | None:

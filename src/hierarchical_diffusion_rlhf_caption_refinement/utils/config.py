@@ -429,8 +429,8 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def config_from_plain(tree: dict[str, Any]) -> Config:
-    """The config that `to_plain` wrote into a checkpoint."""
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree))))
+    """The config that `to_plain` wrote into a checkpoint. Raises ConfigError."""
+    return _merged([("", tree)])
 
 
 def to_plain(config: Config) -> dict[str, Any]:
