@@ -205,6 +205,7 @@ def test_what_the_command_refuses(run, capsys):
     drafts(1)
     assert run("0.png", "--specificity", "2") == 2
     assert "with --candidates or --refine" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("0.png", "--refine", "drafts.jsonl")
+    for wrong in (("0.png", "--refine", "drafts.jsonl"), ("0.png", "--report-only")):
+        with pytest.raises(SystemExit):
+            run(*wrong)
     assert run("0.png", "--candidates", "2", "--specificity", "2") == 0

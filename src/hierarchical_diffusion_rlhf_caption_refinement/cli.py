@@ -282,6 +282,8 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
         parser.error("no images: name files, folders, ... or use --image-url or --image-list")
     if args.refine and (args.images or args.image_url or args.image_list):
         parser.error("--refine brings its own images")
+    if not args.refine and (args.report_only or args.weak is not None or args.caption_column):
+        parser.error("--report-only, --weak and --caption-column go with --refine")
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
         flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1}
