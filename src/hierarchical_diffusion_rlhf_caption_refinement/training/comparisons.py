@@ -175,7 +175,7 @@ def repeating(model: DiffusionCaptionModel, corpus: Corpus, keys: Iterable[str],
 
 
 def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
-    """Train, val and test by image, with captions of them that repeat themselves: among the others in train and val, apart for the report."""
+    """Train, val and test by image, with captions that repeat themselves: among the others in train and val, apart for the report."""
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
     again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
     train = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0])) if again[0] else parts[0]
