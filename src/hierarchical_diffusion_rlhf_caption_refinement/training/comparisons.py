@@ -174,6 +174,19 @@ def repeating(model: DiffusionCaptionModel, corpus: Corpus, keys: Iterable[str],
     return found[:count]
 
 
+def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
+    """Simulated raters compare the base model's captions of scenes; held-out pairs are shown to two of them."""
+    seed, bias, most = config.seed, config.reward.length_bias, max(config.reward.comparisons, *config.reward.curve, 1)
+    counts = {"train": (most, 1), "val": (min(HELD_OUT_PAIRS, most), 2), "test": (min(TEST_PAIRS, most), 2)}
+    pairs: dict[str, Pairs] = {}
+    for split, (count, judges) in counts.items():
+        shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
+        pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges, bias), corpora[split])
+    swapped = [pair for swap in range(SWAPS) for pair in fact_pairs(base, corpora["test"], config, seed_of(seed, "swap", swap))]
+    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"), length_bias=bias)
+    return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
+
+
 def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
     """Train, val and test by image, with captions that repeat themselves: among the others in train and val, apart for the report."""
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
