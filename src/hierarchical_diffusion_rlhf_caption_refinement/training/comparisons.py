@@ -191,9 +191,9 @@ def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, 
     """Train, val and test by image, with captions that repeat themselves: among the others in train and val, apart for the report."""
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
     again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
-    train = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0])) if again[0] else parts[0]
-    pairs = [to_pairs(part, corpus) for part in (train, [*parts[1], *again[1]], parts[2], again[2])]
-    return Judgements(*pairs[:3], None, float("nan"), pairs[3])
+    learned = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0])) if again[0] else parts[0]
+    train, val, test, twice = (to_pairs(part, corpus) for part in (learned, [*parts[1], *again[1]], parts[2], again[2]))
+    return Judgements(train, val, test, None, float("nan"), twice)
 
 
 def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgements:
