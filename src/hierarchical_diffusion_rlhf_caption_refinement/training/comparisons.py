@@ -71,7 +71,8 @@ class Pairs:
         return Pairs(self.corpus, comparisons, images, a, b, self.label[rows], self.reasons[rows])
 
     def head(self, count: int) -> "Pairs":
-        return self.some(range(min(count, len(self))))
+        a, b = ((x0[:count], length[:count]) for x0, length in (self.a, self.b))
+        return Pairs(self.corpus, self.comparisons[:count], self.rows[:count], a, b, self.label[:count], self.reasons[:count])
 
 
 @dataclass(frozen=True)
