@@ -286,7 +286,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
         parser.error("--report-only, --weak and --caption-column go with --refine")
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
-        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1}
+        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0}
     args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
         f"sampler.{text}" for text in settings
     ]

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -94,3 +95,9 @@ def test_the_plan_decides_who_decodes_and_given_words_are_kept(toy: Toy):
 def test_a_search_that_could_not_be_is_refused(wrong: dict):
     with pytest.raises(ConfigError, match="left_to_right"):
         SamplerConfig(**({"order": "left_to_right", "beams": 2} | wrong))
+
+
+def test_clip_without_a_search_is_refused_and_plain_plans_have_neither():
+    with pytest.raises(ConfigError, match=r"sampler\.clip chooses"):
+        SamplerConfig(clip=3.0)
+    assert replace(wide(5, 5), clip=3.0).plain == wide(1, 1)

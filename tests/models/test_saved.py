@@ -86,7 +86,7 @@ def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path)
 
 def test_settings_of_another_version_are_one_line_that_names_file_and_key(eyes: Eyes, tmp_path: Path) -> None:
     save_eyes(tmp_path / "eyes.pt", eyes, {})
-    saved = torch.load(tmp_path / "eyes.pt")
+    saved = torch.load(tmp_path / "eyes.pt", weights_only=True)
     saved["payload"]["config"]["base"]["later"] = 1
     torch.save(saved, tmp_path / "eyes.pt")
     with pytest.raises(CheckpointError, match=r"eyes\.pt: made by another version of the package: base\.later: .*'later'") as error:

@@ -209,6 +209,8 @@ class SamplerConfig:
         _require(self.beams > 0 and self.lengths > 0, "sampler.beams and sampler.lengths must be positive")
         drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask or self.threshold
         _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
+        searched = self.beams > 1 or self.lengths > 1
+        _require(not self.clip or searched, "sampler.clip chooses among the captions of a search: set sampler.beams or sampler.lengths")
 
     @property
     def plain(self) -> "SamplerConfig":
