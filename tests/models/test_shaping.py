@@ -183,6 +183,18 @@ def test_without_clip_weight_the_advantage_is_the_sparse_one(credit: Credit) -> 
     torch.testing.assert_close(found.advantage, (centre(sparse, GROUP) / 2)[:, None] * (step < HIDDEN))
 
 
+def test_alpha_fades_in_a_straight_line() -> None:
+    shaper = HierarchicalRewardShaper(config(fade=0.5))
+    assert [shaper.trust(share) for share in (0.0, 0.125, 0.25, 0.5, 1.0)] == [1.0, 0.75, 0.5, 0.0, 0.0]
+    assert HierarchicalRewardShaper(config()).trust(0.9) == 1.0
+    dense, step, sparse = dense_of("local")
+    z, scales = torch.linspace(-2, 2, 40).view(8, 5), Scales(1.0, 2.0)
+    whole, half, none = (shaper(dense, sparse, z, step, GROUP, scales, trust) for trust in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half.alpha, whole.alpha / 2)
+    torch.testing.assert_close(half.advantage, (whole.advantage + none.advantage) / 2)
+    torch.testing.assert_close(none.advantage, (centre(sparse, GROUP) / 2)[:, None] * (step < HIDDEN))
+
+
 def test_without_preference_weight_the_advantage_is_the_dense_one() -> None:
     dense, step, sparse = dense_of("local")
     found = shape(config(preference_weight=0.0), dense, sparse, step, scales=Scales(0.5, 1.0))

@@ -264,6 +264,14 @@ def test_shuffled_alphas_have_the_same_histogram(world: Any, run_of: RunOf) -> N
     assert torch.equal(shuffled.x0, plain.x0) and not torch.allclose(shuffled.advantage, plain.advantage)
 
 
+def test_alpha_fades_as_the_training_goes_on(world: Any, run_of: RunOf) -> None:
+    trainer = trainer_of(
+        world, run_of, shaping=ShapingConfig(kappa=0.0, fade=0.5), rlhf={"fit": FitConfig(epochs=4, epoch_size=12, batch_size=3)}
+    )
+    assert [trainer.progress(index) for index in (0, 4, 16)] == [0.0, 0.25, 1.0]  # of 4 epochs of 4 rollouts
+    assert [trainer.roll(index).facts["alpha"] for index in (0, 4, 8, 12)] == pytest.approx([0.15, 0.075, 0.0, 0.0])
+
+
 @pytest.mark.parametrize("logprob", ["trajectory", "mean_field"])
 def test_the_ratio_starts_at_one_whichever_probabilities_are_improved(world: Any, run_of: RunOf, logprob: str) -> None:
     trainer = trainer_of(world, run_of, rlhf={"logprob": logprob})
@@ -324,7 +332,9 @@ def test_dense_reward_of_a_rollout(world: Any) -> None:
     whole, red, circle = ((alignment.embed_texts([text]) @ joint.T).item() for text in ("a red circle", "a circle", "a red"))
     torch.testing.assert_close(words.token, torch.tensor([[0.0, whole - red, whole - circle, 0.0]]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(words.per_step, words.token[:, [1, 2]])
-    phi = dense_reward(alignment, world.words, t, joint, ShapingConfig(dense="step_potential"), 2).potential
+    steps = dense_reward(alignment, world.words, t, joint, ShapingConfig(dense="step_potential"), 2)
+    assert steps.credited.tolist() == [[True, True, True, False]]
+    phi = steps.potential
     texts = ["a a a", "a red a", "a red circle"]
     torch.testing.assert_close(phi, (alignment.embed_texts(texts) @ joint.T).T, atol=1e-5, rtol=1e-4)
 

@@ -116,12 +116,23 @@ class HierarchicalRewardShaper:
         d = centred_dense(dense, step, group, self.config.credit)
         return d[dense.credited].square().mean().nan_to_num(), centre(sparse, group).square().mean()
 
+    def trust(self, progress: float) -> float:
+        """What is left of alpha after this share of the training."""
+        return max(0.0, 1 - progress / self.config.fade) if self.config.fade else 1.0
+
     def __call__(
-        self, dense: Dense, sparse: Float[Tensor, " B"], z: Float[Tensor, "B T"], step: Int[Tensor, "B T"], group: int, scales: Scales
+        self,
+        dense: Dense,
+        sparse: Float[Tensor, " B"],
+        z: Float[Tensor, "B T"],
+        step: Int[Tensor, "B T"],
+        group: int,
+        scales: Scales,
+        trust: float = 1.0,
     ) -> Shaped:
-        """Normalise each reward on its own, mix them by alpha, place the credit."""
+        """Normalise each reward on its own, mix them by alpha (times `trust`), place the credit."""
         written = (step > 0) & (step <= dense.per_step.shape[1])
-        alpha = self.alpha(z) * written
+        alpha = trust * self.alpha(z) * written
         s = (centre(sparse, group) / max(scales.sparse, 1e-8))[:, None] * written
         if self.config.credit == "potential" and self.weight > 0:
             d, s_part = self._potential(dense, alpha, step, group, scales) * written, s

@@ -85,7 +85,8 @@ def dense_reward(
         return dense_from_caption(text_scores(alignment, [" ".join(w) for w, _ in said], joint), t.step, steps)
     assert t.drafts is not None
     drafts = [[" ".join(words(draft[:n])[0]) for draft in row] for row, n in zip(t.drafts.tolist(), t.length.tolist(), strict=True)]
-    return dense_from_potential(step_potential(alignment, drafts, joint), credited, t.step)
+    written = (t.step > 0) & (t.step < HIDDEN)  # "a" or "two" may decide what comes: all words of a step earn what it adds
+    return dense_from_potential(step_potential(alignment, drafts, joint), written, t.step)
 
 
 def log_odds(confidence: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -165,6 +166,11 @@ class Trainer:
                 yield rollout
             index += 1
 
+    def progress(self, index: int) -> float:
+        """Share of the training that rollout `index` begins at."""
+        config = self.config.rlhf
+        return index * config.inner_updates * config.fit.batch_size / (config.fit.epochs * (config.fit.epoch_size or len(self.corpus)))
+
     def rows(self, index: int) -> list[int]:
         """Images of rollout `index` that are this process's."""
         size, accelerator = self.config.rlhf.fit.batch_size, self.run.accelerator
@@ -198,7 +204,7 @@ class Trainer:
         z = (log_odds(t.confidence) - mean) / std
         if self.config.shaping.shuffle_alpha:
             z = dealt_out(z, (t.step > 0) & (t.step < HIDDEN), generator(self.config.seed, "shuffled alpha", index))
-        shaped = shaper(dense, sparse, z, t.step, group, scales)
+        shaped = shaper(dense, sparse, z, t.step, group, scales, shaper.trust(self.progress(index)))
         anchor = None
         if config.anchor:
             g = generator(self.config.seed, "anchor", index)

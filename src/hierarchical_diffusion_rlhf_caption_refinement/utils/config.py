@@ -249,6 +249,8 @@ class ShapingConfig:
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
     preference_weight: float = 0.85
     """Weight of the sparse preference reward."""
+    fade: float = 0.0
+    """Share of the training over which alpha falls to 0, in a straight line; 0 keeps it up to the end."""
     kappa: float = 1.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
     shuffle_alpha: bool = False
@@ -263,6 +265,7 @@ class ShapingConfig:
     def __post_init__(self) -> None:
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
         _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
+        _require(self.fade >= 0, "shaping.fade must not be negative")
         _require(0 <= self.alpha_min <= self.alpha_max <= 1, "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold")
         potential = self.credit == "potential"
         _require(not potential or self.dense == "step_potential", "shaping.credit=potential needs shaping.dense=step_potential")
