@@ -268,7 +268,7 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
         )
     add("--refine", metavar="DRAFTS", help="repair captions: of a table of images and captions, or of a folder with a text file per image")
     add("--report-only", action="store_true", help="with --refine: list the most suspicious words and captions, change nothing")
-    add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: 1)")
+    add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: the model's own)")
     add("--caption-column", default="", metavar="NAME", help="of --refine's table; default: caption, text, captions")
     return parser
 
@@ -363,7 +363,6 @@ def read_work(args: argparse.Namespace) -> Any:
     from .batch import Review, Work, fingerprint
     from .captioner import Captioner, Wishes
     from .models.reward import EVEN, Dials
-    from .repair import WEAK
     from .utils.config import with_overrides
 
     texts = tuple(args.must_include), tuple(args.ban), args.template
@@ -382,9 +381,8 @@ def read_work(args: argparse.Namespace) -> Any:
     settings = [plan, wishes, args.seed, *([captioner.dials] if captioner.dials != EVEN else [])]
     if not args.refine:
         return Work(captioner, plan, wishes, args.seed, fingerprint(files, *settings))
-    weak = WEAK if args.weak is None else args.weak
-    run = fingerprint(files, *settings, weak, args.report_only)
-    return Review(captioner, plan, wishes, args.seed, run, weak, args.report_only)
+    run = fingerprint(files, *settings, args.weak, args.report_only)
+    return Review(captioner, plan, wishes, args.seed, run, args.weak, args.report_only)
 
 
 def meet(ranks: int) -> None:
