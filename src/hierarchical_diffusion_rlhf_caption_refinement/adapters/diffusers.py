@@ -41,8 +41,8 @@ def denoise(captioner: Captioner, images: Iterable[Image], scheduler: Any, steps
 @cache
 def _classes() -> dict[str, Any]:
     from diffusers import BlockRefinementScheduler, DiffusionPipeline, SchedulerMixin  # type: ignore[attr-defined]
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.utils import BaseOutput
+    from diffusers.configuration_utils import register_to_config  # type: ignore[import-not-found]
+    from diffusers.utils import BaseOutput  # type: ignore[import-not-found]
 
     class RevealScheduler(BlockRefinementScheduler):
         """Reveals as many tokens per step as one of our schedules says; confident ones early only with a `threshold` of at most 1."""
