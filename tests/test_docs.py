@@ -106,7 +106,7 @@ def settings(tree: dict, start: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
 def test_training_commands(page, tmp_path, monkeypatch):
     """As they stand, with the smoke config's sizes."""
