@@ -4,7 +4,8 @@
     python benchmarks/repair.py photographs models/flickr8k --output docs/results/repair.json
 
 `scenes`: correct captions of the data set and copies with one wrong word, repaired (all but the split is the fact checker's), and captions
-chosen at several weights of specificity. `photographs`: captions of people, and copies with one noun swapped, ranked by suspicion.
+chosen at several weights of specificity. `photographs`: captions of people, and copies with one noun swapped, ranked by suspicion and
+repaired.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,11 +63,10 @@ def one_wrong_word(examples: list[Example], most: int) -> list[tuple[Example, st
 
 
 def repairs(captioner: Captioner, examples: list[Example], most: int, weak: float | None) -> dict:
-    options: dict[str, Any] = {} if weak is None else {"weak": weak}
     repaired, restored, damaged, changed, facts, doubt = [], [], [], [], [], ([], [])
     for example, text, swapped in one_wrong_word(examples, most):
         picture = example.image()
-        good, bad = (captioner.refine(picture, caption, **options) for caption in (text, swapped))
+        good, bad = (captioner.refine(picture, caption, weak) for caption in (text, swapped))
         before, after, fixed = (check(caption, example.scene) for caption in (text, good.text, bad.text))
         repaired.append(fixed.accuracy == 1 and fixed.fluency == 1)
         restored.append(bad.text == text)
@@ -94,26 +93,33 @@ def dials(captioner: Captioner, examples: list[Example]) -> list[dict]:
     return rows
 
 
-def swapped_nouns(captioner: Captioner, examples: list[Example], most: int) -> dict:
+def swapped_nouns(captioner: Captioner, examples: list[Example], most: int, weak: float | None) -> dict:
     """One caption of each photograph that has a frequent noun, and the copy with another noun."""
-    good, bad, found = [], [], []
+    good, bad, found, flagged, changed, gone = [], [], [], [], [], []
+    assert captioner.reward is not None
+    limit = captioner.reward.weak if weak is None else weak
     corpus, editor = build_corpus(captioner.eyes, examples, Path("cache")), captioner.editor
     for i, example in enumerate(examples[:most]):
         text = example.captions[i % len(example.captions)]
         swapped = swap_noun(text, random.Random(seed_of(0, "noun", example.key)))
         if swapped is None:
             continue
-        audits = [editor.audit(caption, corpus.image([i]), corpus.joint[[i]]) for caption in (text, swapped)]
+        audits = [editor.repair(caption, corpus.image([i]), corpus.joint[[i]], example.key, 0, weak) for caption in (text, swapped)]
         good.append(audits[0].suspicion)
         bad.append(audits[1].suspicion)
         wrong = next(b for a, b in zip(text.split(), swapped.split(), strict=True) if a != b)
         found.append(max(audits[1].words, key=lambda word: word.suspicion).word == wrong)
+        flagged += [word.suspicion >= limit for word in audits[0].words if word.confidence is not None]
+        changed.append(audits[0].text != text)
+        gone.append(wrong not in audits[1].text.split())
     rng = np.random.default_rng(0)
     draws = [auc(np.array(bad)[rows].tolist(), np.array(good)[rows].tolist()) for rows in rng.integers(len(good), size=(200, len(good)))]
     low, high = np.quantile(draws, [0.025, 0.975])
     return {
         "captions": len(good), "auc": {"value": auc(bad, good), "low": float(low), "high": float(high)},
         "most_suspicious_word_is_the_swapped": float(np.mean(found)), "untouched_90_percent_below": float(np.quantile(good, 0.9)),
+        "weak": limit, "untouched_words_weak": float(np.mean(flagged)), "untouched_changed": float(np.mean(changed)),
+        "swapped_noun_gone": float(np.mean(gone)),
     }  # fmt: skip
 
 
@@ -122,7 +128,7 @@ def main() -> None:
     parser.add_argument("kind", choices=["scenes", "photographs"])
     parser.add_argument("models", type=Path)
     parser.add_argument("--split", choices=["val", "test"], default="test")
-    parser.add_argument("--weak", type=float)
+    parser.add_argument("--weak", type=float, help="suspicion from which a word is taken back (default: the model's own)")
     parser.add_argument("--most", type=int, default=10_000, help="captions at most")
     parser.add_argument("--output", type=Path, required=True, help="JSON; what it holds of the other kind stays")
     args = parser.parse_args()
@@ -133,7 +139,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         found |= {"specificity": dials(captioner, examples)}
     else:
-        found = swapped_nouns(captioner, examples, args.most)
+        found = swapped_nouns(captioner, examples, args.most, args.weak)
         print(json.dumps(found), flush=True)
     kept = json.loads(args.output.read_text()) if args.output.exists() else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)

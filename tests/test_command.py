@@ -27,7 +27,13 @@ def test_every_command_explains_itself(name, capsys):
         assert out.startswith(f"usage: caprefine {name} ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["export", "--checkpoint", "x"]])
+EXPORT = ["export", "--checkpoint", "x", "--output", "y"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["trian"], EXPORT[:3], [*EXPORT, "--images", "z"], ["ablate", "few", "--report-only", "--only", "few/*"]],
+)
 def test_wrong_usage(arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)

@@ -8,11 +8,14 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, append_comparisons
@@ -23,27 +26,46 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "howto"))]
-ELSEWHERE = ("make ", "pip ", "pytest ", "python benchmarks/")
-"""Commands that change the machine or run what is running."""
+WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
+SPOKEN = re.compile(r"`((?:python|caprefine|make|pip) [^`.]*(?:\.(?!\.)[^`.]*)*)`")
+"""A command within a sentence, unless it ends in an ellipsis."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def run(line: str) -> int:
-    """One line of a page. Training is checked up to its settings: other tests train."""
+def commands(page: Path) -> list[str]:
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line and not line.startswith("#")]
+    return lines + SPOKEN.findall(page.read_text(encoding="utf-8"))
+
+
+def command_of(words: list[str]) -> str:
+    """train, evaluate, ... for the scripts and for the installed command."""
+    return Path(words[1]).stem if words[1].startswith("scripts/") else words[1] if words[0] == "caprefine" else ""
+
+
+def run(line: str, config: pytest.Config) -> int:
+    """One line of a page, in a folder like the repository. What takes long, changes the machine or runs what is running is checked as far
+    as it can be otherwise; `test_training_commands` trains."""
     words = shlex.split(line, comments=True)
-    command = Path(words[1]).stem if words[0] == "python" else words[1]
-    if words[0] not in ("python", "caprefine") or words[1] == "-m":
-        return subprocess.run(line, shell=True).returncode
-    if command in ("train", "ablate"):
+    command = command_of(words)
+    if words[0] == "make":
+        return subprocess.run([*words, "--dry-run"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        return 0 if (words[-1][2:-1] in extras if words[-1].startswith(".[") else (ROOT / words[-1]).exists()) else 1
+    if words[0] == "pytest":
+        return 0 if config._parser.parse(words[1:]).file_or_dir == ["tests/"] else 1
+    if command == "train":
         args = cli.PARSERS[command]("").parse_intermixed_args(words[2:])
-        if command == "ablate":
-            return 0 if read_grid(find_config(str(args.grid))).jobs() else 1
         load_config([find_config(name) for name in args.config or []], args.overrides)
         return 0
-    return cli.COMMANDS[command](words[2:], command)
+    if command == "ablate":
+        return 0 if read_grid(find_config(str(cli.PARSERS[command]("").parse_args(words[2:]).grid))).jobs() else 1
+    if command:
+        return cli.COMMANDS[command](words[2:], command)
+    return subprocess.run([sys.executable, *words[1:]] if words[0] == "python" else line, shell=words[0] != "python").returncode
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +85,38 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "products.csv").write_text("sku,photo\n1,image.jpg\n2,photos/0.jpg\n")
     with tarfile.open(folder / "shard.tar", "w") as tar:
         tar.add(folder / "photos/1.png", "1.png")
+    for name in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "*.md"))
     append_comparisons(folder / "comparisons.jsonl", [Comparison("x", "0.jpg", "a star", "a ring", "a")])
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands(page, place, monkeypatch):
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_commands(page, place, monkeypatch, pytestconfig):
     monkeypatch.chdir(place)
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line and not line.startswith("#")]
+    for line in commands(page):
+        expected = int(found[1]) if (found := re.search(r"# exit code (\d)", line)) else 0
+        assert run(line, pytestconfig) == expected, line
+
+
+def settings(tree: dict, start: str = "") -> list[str]:
+    """A config's values as single settings."""
+    parts = [settings(v, f"{start}{k}.") if isinstance(v, dict) else [f"{start}{k}={json.dumps(v)}"] for k, v in tree.items()]
+    return [text for part in parts for text in part]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_training_commands(page, tmp_path, monkeypatch):
+    """As they stand, with the smoke config's sizes."""
+    monkeypatch.chdir(tmp_path)
+    small = settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8")))
+    lines = [words for line in commands(page) if command_of(words := shlex.split(line, comments=True)) == "train"]
     assert lines
-    for line in lines:
-        if not line.startswith(ELSEWHERE):
-            expected = int(found[1]) if (found := re.search(r"# exit code (\d)", line)) else 0
-            assert run(line) == expected, line
+    for words in lines:
+        assert cli.train([*words[2:], *small]) == 0, words
+    assert Path("models/best_rlhf_model.pt").exists() and Path("results/report/report.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,22 @@ def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd)
     assert cli.predict(["--checkpoint", str(checkpoint), "--image-url", str(photographs / "collection/images/0.png")]) == 0
     found = capfd.readouterr()
     assert found.err == "" and len(found.out.splitlines()) == 3
+
+
+def test_a_judge_that_had_no_part_in_the_training(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(photographs)
+    judge = runpy.run_path(str(ROOT / "benchmarks/held_out_judge.py"))
+    judge["main"].__globals__["HELD_OUT"] = 2
+    config = str(photographs / "collection/photographs.yaml")
+    monkeypatch.setattr("sys.argv", ["held_out_judge.py", "--config", config, "--output", str(tmp_path / "judge.json")])
+    judge["main"]()
+    found = json.loads((tmp_path / "judge.json").read_text())
+    assert 0 < found["photographs"] < 10 and set(found["judge"]["weights"]) == set(judge["SEEN"]) and found["judge"]["comparisons"] > 0
+    assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"] <= 1
+    summary = json.loads(Path("results/photographs/training_summary.json").read_text())
+    for kind in ("base", "rlhf"):
+        assert found[kind]["references"]["cider_d"]["value"] == pytest.approx(summary["references"][kind]["cider_d"], abs=1e-6)
+    assert f"on {found['win_rate']['value']:.1%} of {found['photographs']} photographs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rated", [0, 1])

@@ -237,7 +237,6 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         ),
         (["--min-words", "5", "--max-words", "4"], "5 to 4 words cannot be: at least 1, and not more than at most"),
         (["--shard", "3/2"], "--shard 3/2: expected I/N with I from 1 to N"),
-        (["--existing", "append", "--output", "x.csv"], "--existing append is for text files (--format txt); a table is always made anew"),
         (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),
         (["--output", "x.json", "--format", "coco", "@list"], "photo.jpg: its name does not end in a number, the COCO id"),
         (["nothing/*.png"], "nothing/*.png: no image in it"),
@@ -253,6 +252,33 @@ def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):
 def test_unknown_words_come_with_near_ones(predict, pictures, capsys):
     predict(str(pictures / "0.png"), "--must-include", "purpel")
     assert "near are: purple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["a.png", "--report-only"], "--report-only goes with --refine"),
+        (["a.png", "--weak", "1"], "--weak goes with --refine"),
+        (["t.csv", "--caption-column", "text"], "--caption-column goes with --refine"),
+        (["--refine", "t.csv", "--report-only", "--weak", "1"], "--weak decides what is replaced; --report-only replaces nothing"),
+        (["--refine", "t.csv", "--must-include", "a dog"], "--must-include is for new captions"),
+        (["--refine", "t.csv", "temperature=1"], "temperature=1 is for new captions"),
+        (["--refine", "folder", "--caption-column", "text"], "--caption-column is for tables: .jsonl .csv .tsv .parquet"),
+        (["a.png", "--image-column", "photo"], "--image-column is for tables"),
+        (["a.png", "--existing", "append", "--output", "x.csv"], "--existing is for text files: --format txt"),
+        (["a.png", "--ext", ".cap"], "--ext is for text files: --format txt"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(predict, capsys, arguments, line):
+    with pytest.raises(SystemExit) as stopped:
+        predict(*arguments)
+    assert stopped.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_steps_are_refused_where_a_search_would_ignore_them(predict, pictures, capsys):
+    search = (str(pictures / "0.png"), "order=left_to_right", "beams=2")
+    assert predict(*search) == 0
+    assert predict(*search, "--steps", "4") == 2 and "a beam search takes a step for every word" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--image-list", "x"], ["--model-type", "reward"]])

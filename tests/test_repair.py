@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
+from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, words_and_owners
 from hierarchical_diffusion_rlhf_caption_refinement.inputs import find_drafts
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
-from hierarchical_diffusion_rlhf_caption_refinement.models.reward import EVEN, Dials
-from hierarchical_diffusion_rlhf_caption_refinement.repair import Draft, changed, diff, read_draft, spliced
+from hierarchical_diffusion_rlhf_caption_refinement.models.reward import EVEN, WEAK, Dials
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import reward_from, reward_payload
+from hierarchical_diffusion_rlhf_caption_refinement.repair import RARE, USUAL, Draft, changed, diff, read_draft, spliced
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 
 TEXTS = ["A large red circle, on snow!", "a zebra and a small blue ring", "a star a star and and", "the small heart"]
@@ -81,6 +84,18 @@ def test_a_repair_is_liked_better_and_leaves_the_rest_alone(captioner, scenes):
             assert repair.text[0].isupper() and repair.text.endswith("!")
     assert found[0] == captioner.refine(*some[0], weak=0.0)
     assert all(captioner.refine(*one, weak=1000.0).text == one[1] for one in some)
+
+
+def test_the_threshold_is_what_few_words_of_the_best_validation_captions_reach(captioner, scenes):
+    config, weak = captioner.eyes.config, captioner.reward.weak
+    examples = load_examples(config.data, config.seed)["val"][:USUAL]
+    audits = [max((captioner.audit(e.image(), text) for text in e.captions), key=lambda found: found.reward) for e in examples]
+    found = [word.suspicion >= weak for audit in audits for word in audit.words if word.confidence is not None]
+    assert np.mean(found) == pytest.approx(RARE, abs=2 / len(found)) and weak != WEAK
+    assert [captioner.refine(scenes[0], text) for text in TEXTS] == [captioner.refine(scenes[0], text, weak) for text in TEXTS]
+    older = reward_payload(captioner.reward)
+    assert older["shape"].pop("weak") == weak
+    assert reward_from(captioner.eyes, words_and_owners(captioner.eyes.tokenizer), older, Path("older.pt")).weak == WEAK
 
 
 def test_words_that_the_model_does_not_know(captioner, scenes):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .utils.command import find_config, guarded
+from .utils.command import find_config, guarded, refuse
 from .utils.config import ConfigError
 from .utils.grid import Grid, Job, read_grid
 from .utils.runlog import write_json
@@ -31,7 +31,10 @@ def ablate_parser(prog: str) -> argparse.ArgumentParser:
 
 def ablate(argv: Sequence[str] | None = None, prog: str = "ablate.py") -> int:
     parser = ablate_parser(prog)
-    return guarded(lambda: _ablate(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    if args.report_only:
+        refuse(parser, args, "only base_from jobs", "is for training; --report-only reads all records that there are")
+    return guarded(lambda: _ablate(args))
 
 
 def _ablate(args: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ class Work:
 class Review(Work):
     """How to judge drafts, and to repair them."""
 
-    weak: float
+    weak: float | None
     report_only: bool
     fields: ClassVar = DRAFT_FIELDS
 

@@ -26,7 +26,7 @@ from .models.reward import EVEN, QUALITIES, RewardModel
 from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, thin
 from .models.saved import Eyes
 from .pretrained import Parts, load_parts, save_parts
-from .repair import WEAK, Editor, Repair
+from .repair import Editor, Repair
 from .utils.config import ConfigError, SamplerConfig
 
 MASK = "[MASK]"
@@ -256,8 +256,9 @@ class Captioner:
         seen = self.look(image if isinstance(image, Image) else load_image(image))
         return self.editor.audit(caption, seen.tokens, seen.joint)
 
-    def refine(self, image: str | Path | Image, caption: str, weak: float = WEAK, seed: int = 0) -> Repair:
-        """The caption, with better words for those of at least `weak` suspicion where the reward model finds them better.
+    def refine(self, image: str | Path | Image, caption: str, weak: float | None = None, seed: int = 0) -> Repair:
+        """The caption, with better words for those of at least `weak` suspicion (nats; default: the model's own threshold) where the reward
+        model finds them better.
 
         Raises ImageError, and ValueError for a caption without words or a captioner without a reward model.
         """

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .ablate import ablate, ablate_parser
-from .utils.command import find_config, guarded
+from .utils.command import find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
 from .utils.runlog import RunLog, write_json
 
@@ -268,7 +268,7 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
         )
     add("--refine", metavar="DRAFTS", help="repair captions: of a table of images and captions, or of a folder with a text file per image")
     add("--report-only", action="store_true", help="with --refine: list the most suspicious words and captions, change nothing")
-    add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: 1)")
+    add("--weak", type=float, help="with --refine: suspicion (nats) from which a word may be replaced (default: the model's own)")
     add("--caption-column", default="", metavar="NAME", help="of --refine's table; default: caption, text, captions")
     return parser
 
@@ -282,8 +282,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
         parser.error("no images: name files, folders, ... or use --image-url or --image-list")
     if args.refine and (args.images or args.image_url or args.image_list):
         parser.error("--refine brings its own images")
-    if not args.refine and (args.report_only or args.weak is not None or args.caption_column):
-        parser.error("--report-only, --weak and --caption-column go with --refine")
+    refuse_ignored(parser, args, settings)
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
         flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0}
@@ -291,6 +290,25 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
         f"sampler.{text}" for text in settings
     ]
     return guarded(lambda: _predict(args))
+
+
+def refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Sequence[str]) -> None:
+    """Wrong usage where something was asked for that would not be done."""
+    from .inputs import TABLES
+
+    if args.refine:
+        writing = "steps threshold candidates min_words max_words must_include ban template prefix suffix"
+        refuse(parser, args, writing, "is for new captions, --refine repairs those that are there")
+        if settings:
+            parser.error(f"{settings[0]} is for new captions, --refine repairs those that are there")
+    else:
+        refuse(parser, args, "report_only weak caption_column", "goes with --refine")
+    if args.report_only:
+        refuse(parser, args, "weak", "decides what is replaced; --report-only replaces nothing")
+    if not any(Path(text).suffix.lower() in TABLES for text in (*args.images, args.refine or "")):
+        refuse(parser, args, "image_column caption_column", f"is for tables: {' '.join(TABLES)}")
+    if args.format != "txt":
+        refuse(parser, args, "existing sidecar_name" + ("" if args.refine else " ext"), "is for text files: --format txt")
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
@@ -345,7 +363,6 @@ def read_work(args: argparse.Namespace) -> Any:
     from .batch import Review, Work, fingerprint
     from .captioner import Captioner, Wishes
     from .models.reward import EVEN, Dials
-    from .repair import WEAK
     from .utils.config import with_overrides
 
     texts = tuple(args.must_include), tuple(args.ban), args.template
@@ -353,6 +370,8 @@ def read_work(args: argparse.Namespace) -> Any:
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type)
     plan = with_overrides(captioner.eyes.config, args.settings).sampler
     captioner.write([], plan, args.seed, wishes)  # says what it cannot do
+    if plan.beams * plan.lengths > 1 and any(text.startswith("sampler.steps=") for text in args.settings):
+        raise ConfigError("a beam search takes a step for every word; beams=1 lengths=1 turns it off, and steps count")
     captioner.dials = Dials(args.accuracy, args.fluency, args.specificity)
     if captioner.dials != EVEN and plan.candidates == 1 and not args.refine:
         raise ConfigError("--accuracy, --fluency and --specificity count where captions are chosen: with --candidates or --refine")
@@ -362,9 +381,8 @@ def read_work(args: argparse.Namespace) -> Any:
     settings = [plan, wishes, args.seed, *([captioner.dials] if captioner.dials != EVEN else [])]
     if not args.refine:
         return Work(captioner, plan, wishes, args.seed, fingerprint(files, *settings))
-    weak = WEAK if args.weak is None else args.weak
-    run = fingerprint(files, *settings, weak, args.report_only)
-    return Review(captioner, plan, wishes, args.seed, run, weak, args.report_only)
+    run = fingerprint(files, *settings, args.weak, args.report_only)
+    return Review(captioner, plan, wishes, args.seed, run, args.weak, args.report_only)
 
 
 def meet(ranks: int) -> None:
@@ -453,7 +471,10 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def export(argv: Sequence[str] | None = None, prog: str = "caprefine export") -> int:
-    args = _export_parser(prog).parse_args(argv)
+    parser = _export_parser(prog)
+    args = parser.parse_args(argv)
+    if not args.preferences:
+        refuse(parser, args, "images", "goes with --preferences; a captioner brings what it needs")
     return guarded(lambda: _export(args))
 
 

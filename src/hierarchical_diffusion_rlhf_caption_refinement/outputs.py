@@ -42,8 +42,6 @@ class Output:
     def __post_init__(self) -> None:
         if self.ext.lower() in SUFFIXES or not self.ext.startswith("."):
             raise ConfigError(f"--ext {self.ext}: expected a suffix such as .txt that is not an image's")
-        if self.format != "txt" and self.existing not in ("skip", "error"):
-            raise ConfigError(f"--existing {self.existing} is for text files (--format txt); a table is always made anew from its log")
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
 

@@ -9,12 +9,14 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .data.text import decode, pad, unknown_id, words_and_owners
+from .data.corpus import Corpus
+from .data.text import decode, pad, said, unknown_id, words_and_owners
 from .models.alignment import leave_one_word_out
 from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN, valid_positions
@@ -22,8 +24,8 @@ from .models.reward import EVEN, Dials, RewardModel
 from .models.sampler import UNKNOWN, noise_for, sample, score
 from .utils.config import SamplerConfig
 
-WEAK = 1.0
-"""Suspicion from which a word is taken back."""
+RARE, USUAL = 0.04, 200
+"""Share of the words of correct captions that are taken back nevertheless, and validation images that tell from which suspicion on."""
 TRUST, PRICE = 0.5, 0.9
 """Reward that a nat is worth by which the denoiser finds a caption likelier, and that every changed word costs; chosen on validation
 scenes. Nats count as far as the image gives them: a word that is only more usual gains nothing."""
@@ -143,13 +145,27 @@ class Editor:
             reward = float(self.reward.score(x0, length, image, joint, self.dials))
         return Repair(text, text, max(w.suspicion for w in words), reward, reward, tuple(words))
 
-    def repair(self, text: str, image: Tensor, joint: Tensor | None, key: str, seed: int, weak: float = WEAK) -> Repair:
-        """The caption with better words for those of at least `weak` suspicion, where there are any; `key` names the noise.
+    def usual(self, corpus: Corpus) -> float:
+        """The suspicion that only a share RARE of the words of a data set's captions reach; the best-liked caption of each image is looked
+        at, for others may be wrong."""
+        assert self.reward is not None
+        words, device = list[Word](), self.denoiser.mask.device
+        for i, example in enumerate(corpus.examples[:USUAL]):
+            image, joint = corpus.image([i]).to(device), corpus.joint[[i]].to(device)
+            if drafts := [read_draft(self.tokenizer, text, self.denoiser.max_length) for text in example.captions if said(text)]:
+                x0, length = (part.to(device) for part in pad([draft.ids for draft in drafts], self.denoiser.max_length))
+                words += self.words(drafts[int(self.reward.score(x0, length, image, joint).argmax())], image, None)
+        return float(np.quantile([word.suspicion for word in words if word.confidence is not None], 1 - RARE))
+
+    def repair(self, text: str, image: Tensor, joint: Tensor | None, key: str, seed: int, weak: float | None = None) -> Repair:
+        """The caption with better words for those of at least `weak` suspicion (default: the reward model's own threshold), where there
+        are any; `key` names the noise.
 
         Raises ValueError for a text without words, or without a reward model.
         """
         if self.reward is None or joint is None:
             raise ValueError("a repair needs a reward model to judge it")
+        weak = self.reward.weak if weak is None else weak
         found = self.audit(text, image, joint)
         words: Sequence[Word] = found.words
         for _ in range(ROUNDS):

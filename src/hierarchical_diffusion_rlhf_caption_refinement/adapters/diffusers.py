@@ -1,6 +1,7 @@
-"""Diffusers: its discrete schedulers denoise with our model, and our schedules drive its pipelines (extra `diffusers`)."""
+"""Diffusers: its discrete schedulers denoise with our model, our schedules drive its pipelines, one captions (extra `diffusers`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from ..captioner import Captioner
 from ..data.text import decode
 from ..models.diffusion import HIDDEN, reveal_counts
 from ..models.sampler import choose_length
+from ..pretrained import CaptionRefiner
 from ..utils.config import Schedule
 
 
 @torch.no_grad()
-def denoise(captioner: Captioner, images: Sequence[Image], scheduler: Any, steps: int, **options: Any) -> list[str]:
+def denoise(captioner: Captioner, images: Iterable[Image], scheduler: Any, steps: int, **options: Any) -> list[str]:
     """Captions whose tokens `scheduler` chooses, a BlockRefinementScheduler or one with its `set_timesteps` and `step`.
 
     The model decides the length, the caption is one block; `options` go to `step`: temperature, top_p, generator, ...
@@ -36,15 +38,41 @@ def denoise(captioner: Captioner, images: Sequence[Image], scheduler: Any, steps
     return texts
 
 
-def reveal_scheduler(schedule: Schedule, **settings: Any) -> Any:
-    """A BlockRefinementScheduler that reveals as many tokens per step as `schedule` says; `settings` are its own.
-
-    Confident tokens are revealed early only with a `threshold` of at most 1.
-    """
-    from diffusers import BlockRefinementScheduler  # type: ignore[attr-defined]
+@cache
+def _classes() -> dict[str, Any]:
+    from diffusers import BlockRefinementScheduler, DiffusionPipeline, SchedulerMixin  # type: ignore[attr-defined]
+    from diffusers.configuration_utils import register_to_config  # type: ignore[import-not-found]
+    from diffusers.utils import BaseOutput  # type: ignore[import-not-found]
 
     class RevealScheduler(BlockRefinementScheduler):
-        def get_num_transfer_tokens(self, block_length: int, num_inference_steps: int) -> torch.Tensor:
-            return reveal_counts(torch.tensor([block_length]), torch.tensor([num_inference_steps]), schedule)[0]
+        """Reveals as many tokens per step as one of our schedules says; confident ones early only with a `threshold` of at most 1."""
 
-    return RevealScheduler(**{"threshold": 2.0} | settings)
+        @register_to_config
+        def __init__(self, schedule: Schedule = "linear", threshold: float = 2.0, minimal_topk: int = 1) -> None:
+            super().__init__(threshold=threshold, minimal_topk=minimal_topk)
+
+        def get_num_transfer_tokens(self, block_length: int, num_inference_steps: int) -> torch.Tensor:
+            return reveal_counts(torch.tensor([block_length]), torch.tensor([num_inference_steps]), self.config["schedule"])[0]
+
+    class CaptionPipeline(DiffusionPipeline):
+        """`CaptionPipeline(AutoModel.from_pretrained("shared"), RevealScheduler())(images).captions`; saves and loads as pipelines do."""
+
+        def __init__(self, captioner: CaptionRefiner, scheduler: SchedulerMixin) -> None:
+            super().__init__()
+            self.register_modules(captioner=captioner, scheduler=scheduler)
+
+        def __call__(self, images: Image | Sequence[Image], num_inference_steps: int = 8, **options: Any) -> BaseOutput:
+            """`captions` in the images' order; `options` as of `denoise`."""
+            parts = self.captioner.parts
+            captioner = Captioner(parts.eyes, parts.denoiser, parts.reward, parts.eyes.config.sampler)
+            several = self.progress_bar([images] if isinstance(images, Image) else images)
+            return BaseOutput(captions=denoise(captioner, several, self.scheduler, num_inference_steps, **options))
+
+    return {"RevealScheduler": RevealScheduler, "CaptionPipeline": CaptionPipeline, "SchedulerMixin": SchedulerMixin}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes, made when they are asked for: the package is whole without the extra. Its loader finds its SchedulerMixin here."""
+    if name in ("RevealScheduler", "CaptionPipeline", "SchedulerMixin"):
+        return _classes()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

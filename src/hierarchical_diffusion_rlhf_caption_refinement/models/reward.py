@@ -33,6 +33,8 @@ BLIND = ("mean logp blind", "worst logp blind", "words", "words squared", "conte
 """Features that do not see the image: the text-only baseline."""
 BOUND = 4.0
 """Scores saturate this many base-model standard deviations from the base model's mean."""
+WEAK = 1.0
+"""Suspicion from which a repair takes a word back, for models that do not bring their own."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,10 @@ class RewardModel(nn.Module):
     temperature: Tensor
     base: Tensor
 
-    def __init__(self, evidence: Evidence, members: int, reader_layers: int, pessimism: float) -> None:
-        """`reader_layers` 0 leaves the linear head alone."""
+    def __init__(self, evidence: Evidence, members: int, reader_layers: int, pessimism: float, weak: float = WEAK) -> None:
+        """`reader_layers` 0 leaves the linear head alone; `weak`: suspicion (nats) that few words of correct captions reach."""
         super().__init__()
-        self.evidence, self.pessimism = evidence, pessimism
+        self.evidence, self.pessimism, self.weak = evidence, pessimism, weak
         self.readers = nn.ModuleList(Reader(evidence.denoiser, reader_layers) for _ in range(members if reader_layers else 0))
         self.register_buffer("mean", torch.zeros(len(FEATURES)))
         self.register_buffer("std", torch.ones(len(FEATURES)))

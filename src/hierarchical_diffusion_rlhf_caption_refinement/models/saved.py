@@ -137,7 +137,8 @@ def reward_payload(reward: RewardModel) -> dict[str, Any]:
     """Weights and shape; the evidence's denoiser goes along, the alignment model is among the eyes."""
     state = {name: value for name, value in reward.state_dict().items() if not name.startswith("evidence.alignment.")}
     layers = len(reward.readers[0].blocks) if len(reward.readers) else 0  # type: ignore[arg-type, union-attr]
-    return {"model": state, "shape": {"members": len(reward.linear), "reader_layers": layers, "pessimism": reward.pessimism}}
+    shape = {"members": len(reward.linear), "reader_layers": layers, "pessimism": reward.pessimism, "weak": reward.weak}
+    return {"model": state, "shape": shape}
 
 
 def reward_from(eyes: Eyes, words: Words, payload: dict[str, Any], path: Path) -> RewardModel:

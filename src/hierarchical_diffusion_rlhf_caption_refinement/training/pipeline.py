@@ -14,6 +14,7 @@ from ..evaluation.evaluate import build_corpus, with_mirrored, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.runlog import write_json
 from ..utils.seeding import seed_of
@@ -136,6 +137,7 @@ class Pipeline:
         fit_ensemble(judge, val, config.reward, smoothing, seed_of(config.seed, "judge"))
         for model in (reward, judge):
             self.centre(model)
+        reward.weak = Editor(base, self.eyes.tokenizer, reward).usual(self.corpora["val"])
         if self.run.main:
             facts |= reward_report(reward, found, train, config.reward, config.seed)
             write_json(config.results / "reward_report.json", facts)

@@ -1,5 +1,6 @@
 """What all commands share: how errors end, and where configs are found."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,12 @@ def guarded(command: Callable[[], int]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str, why: str) -> None:
+    """Wrong usage where a flag was given that would be ignored."""
+    if given := [name for name in names.split() if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0].replace('_', '-')} {why}")
 
 
 def find_config(name: str) -> Path:
