@@ -45,7 +45,7 @@ def dense_of(credit: str, seed: int = 0) -> tuple[Dense, Tensor, Tensor]:
 
 def config(credit: Credit = "local", **values: float) -> ShapingConfig:
     dense = "step_potential" if credit == "potential" else "leave_one_word_out"
-    return replace(ShapingConfig(clip_weight=0.5, preference_weight=0.5, kappa=1.0), credit=credit, dense=dense, **values)
+    return replace(ShapingConfig(kappa=1.0, fade=0.0), credit=credit, dense=dense, **values)
 
 
 def shape(c: ShapingConfig, dense: Dense, sparse: Tensor, step: Tensor, z: Tensor | None = None, scales: Scales | None = None) -> Shaped:

@@ -204,9 +204,9 @@ SHAPINGS = {
     "default": ShapingConfig(),
     "to go": ShapingConfig(credit="to_go"),
     "potential": ShapingConfig(dense="step_potential", credit="potential"),
-    "shuffled": ShapingConfig(shuffle_alpha=True),
+    "shuffled": ShapingConfig(kappa=1.0, shuffle_alpha=True),
     "caption": ShapingConfig(dense="caption", credit="to_go"),
-    "step potential": ShapingConfig(dense="step_potential"),
+    "one word out": ShapingConfig(dense="leave_one_word_out"),
     "sparse": ShapingConfig(clip_weight=0.0),
     "sparse potential": ShapingConfig(clip_weight=0.0, dense="step_potential", credit="potential"),
 }
@@ -237,7 +237,7 @@ def test_a_rollout_is_data_and_its_update_touches_the_policy_alone(world: Any, r
 
 
 def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf) -> None:
-    trainer = trainer_of(world, run_of, shaping=ShapingConfig(clip_weight=0.5, preference_weight=0.5))
+    trainer = trainer_of(world, run_of, shaping=ShapingConfig(kappa=1.0))
     trainer.reference = world.denoiser(1).requires_grad_(False)
     trainer.extra["confidence"] = [-2.5, 0.3]
     rollout, group = trainer.roll(0), trainer.config.rlhf.group
@@ -257,7 +257,7 @@ def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf)
 
 
 def test_shuffled_alphas_have_the_same_histogram(world: Any, run_of: RunOf) -> None:
-    shaping = ShapingConfig(clip_weight=0.5, preference_weight=0.5)
+    shaping = ShapingConfig(kappa=1.0)
     plain, shuffled = (trainer_of(world, run_of, shaping=replace(shaping, shuffle_alpha=on)).roll(0) for on in (False, True))
     same = {k for k in plain.facts if k == "alpha" or k.startswith("alpha_0")} | {"reward", "dense_reward"}
     assert {k: shuffled.facts[k] for k in same} == pytest.approx({k: plain.facts[k] for k in same}) and len(same) > 10
@@ -269,7 +269,7 @@ def test_alpha_fades_as_the_training_goes_on(world: Any, run_of: RunOf) -> None:
         world, run_of, shaping=ShapingConfig(kappa=0.0, fade=0.5), rlhf={"fit": FitConfig(epochs=4, epoch_size=12, batch_size=3)}
     )
     assert [trainer.progress(index) for index in (0, 4, 16)] == [0.0, 0.25, 1.0]  # of 4 epochs of 4 rollouts
-    assert [trainer.roll(index).facts["alpha"] for index in (0, 4, 8, 12)] == pytest.approx([0.15, 0.075, 0.0, 0.0])
+    assert [trainer.roll(index).facts["alpha"] for index in (0, 4, 8, 12)] == pytest.approx([0.5, 0.25, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("logprob", ["trajectory", "mean_field"])
@@ -327,12 +327,12 @@ def test_dense_reward_of_a_rollout(world: Any) -> None:
     zero = torch.zeros(1, 4)
     t = Trajectory(x0, step, torch.tensor([3]), zero, zero, zero[:, 0], drafts)
     joint = world.corpora["train"].joint[:1]
-    words = dense_reward(alignment, world.words, t, joint, ShapingConfig(), 2)
+    words = dense_reward(alignment, world.words, t, joint, ShapingConfig(dense="leave_one_word_out"), 2)
     assert words.credited.tolist() == [[False, True, True, False]]
     whole, red, circle = ((alignment.embed_texts([text]) @ joint.T).item() for text in ("a red circle", "a circle", "a red"))
     torch.testing.assert_close(words.token, torch.tensor([[0.0, whole - red, whole - circle, 0.0]]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(words.per_step, words.token[:, [1, 2]])
-    steps = dense_reward(alignment, world.words, t, joint, ShapingConfig(dense="step_potential"), 2)
+    steps = dense_reward(alignment, world.words, t, joint, ShapingConfig(), 2)
     assert steps.credited.tolist() == [[True, True, True, False]]
     phi = steps.potential
     texts = ["a a a", "a red a", "a red circle"]
@@ -341,7 +341,8 @@ def test_dense_reward_of_a_rollout(world: Any) -> None:
 
 def test_captions_that_decode_to_blanks_earn_nothing(world: Any) -> None:
     t = Trajectory(*(torch.ones(1, 2, dtype=torch.long),) * 2, torch.tensor([2]), *(torch.zeros(1, 2),) * 2, torch.zeros(1), None)
-    dense = dense_reward(world.eyes.alignment, lambda ids: ([], [0] * len(ids)), t, world.corpora["train"].joint[:1], ShapingConfig(), 1)
+    shaping = ShapingConfig(dense="leave_one_word_out")
+    dense = dense_reward(world.eyes.alignment, lambda ids: ([], [0] * len(ids)), t, world.corpora["train"].joint[:1], shaping, 1)
     assert not dense.credited.any() and not dense.token.any()
 
 

@@ -165,9 +165,10 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override, named
             ["shaping.clip_weight=0", "shaping.preference_weight=0"],
             "one of shaping.clip_weight and shaping.preference_weight must be positive",
         ),
+        (["shaping.preference_weight=0"], "shaping.preference_weight=0 needs shaping.fade=0: nothing would be left"),
         (["shaping.fade=-1"], "shaping.fade must not be negative"),
         (["shaping.alpha_min=0.95"], "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold"),
-        (["shaping.credit=potential"], "shaping.credit=potential needs shaping.dense=step_potential"),
+        (["shaping.credit=potential", "shaping.dense=caption"], "shaping.credit=potential needs shaping.dense=step_potential"),
         (["rlhf.group=1"], "rlhf.group must be at least 2: captions are compared within it"),
         (
             ["rlhf.order=confidence"],

@@ -245,17 +245,17 @@ class RewardConfig:
 class ShapingConfig:
     """R(t) = alpha(c) R_dense(t) + (1 - alpha(c)) R_sparse."""
 
-    clip_weight: float = 0.15
+    clip_weight: float = 0.5
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
-    preference_weight: float = 0.85
+    preference_weight: float = 0.5
     """Weight of the sparse preference reward."""
-    fade: float = 0.0
-    """Share of the training over which alpha falls to 0, in a straight line; 0 keeps it up to the end."""
-    kappa: float = 1.0
+    fade: float = 1.6
+    """Share of the training over which alpha falls to 0, in a straight line: 1.6 leaves three eighths of it; 0 keeps it up to the end."""
+    kappa: float = 0.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
     shuffle_alpha: bool = False
     """Deal the alphas of a rollout out to its tokens at random: the same histogram, without what confidence tells."""
-    dense: Literal["leave_one_word_out", "step_potential", "caption"] = "leave_one_word_out"
+    dense: Literal["leave_one_word_out", "step_potential", "caption"] = "step_potential"
     """Who earns CLIP's score: each word what it adds, each step what it adds, or every token all of it (no credit by token)."""
     credit: Literal["local", "to_go", "potential"] = "local"
     alpha_min: float = 0.1
@@ -266,6 +266,7 @@ class ShapingConfig:
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
         _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
         _require(self.fade >= 0, "shaping.fade must not be negative")
+        _require(not self.fade or self.preference_weight > 0, "shaping.preference_weight=0 needs shaping.fade=0: nothing would be left")
         _require(0 <= self.alpha_min <= self.alpha_max <= 1, "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold")
         potential = self.credit == "potential"
         _require(not potential or self.dense == "step_potential", "shaping.credit=potential needs shaping.dense=step_potential")
