@@ -1,7 +1,8 @@
 """Which way of giving credit points where captions get better? The policy gradients of several, beside that of the hidden quality.
 
 All see the same rollouts. Of each the cosine with the true gradient is estimated: of its mean over infinitely many updates (what its
-bias costs) and of one update and of ten (what its noise costs, too). No training is needed.
+bias costs) and of one update and of ten (what its noise costs, too). The choice of the length is left out. No training
+is needed.
 
     python benchmarks/credit.py --models models --output credit_base.json
     python benchmarks/credit.py --models models --policy models/best_rlhf_model.pt --output credit_refined.json
@@ -12,6 +13,7 @@ Axes: B captions, T caption length, K kinds of credit, N blocks, D parameters.
 
 import argparse
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +42,7 @@ MIXED = (0.2, 0.3, 0.5, 0.7)
 
 
 def trainer_of(models: Path, policy: Path | None, cache: Path) -> Trainer:
-    """Everything that a rollout needs, as the models were made; drafts of every state come with it."""
+    """Everything that a rollout needs, as the models were made."""
     eyes, base, _ = load_denoiser(models / FILES["base"], "base")
     drawn = load_denoiser(policy, "rlhf")[1] if policy else copy.deepcopy(base)
     words = words_and_owners(eyes.tokenizer)
@@ -55,7 +57,7 @@ def advantages(trainer: Trainer, index: int) -> tuple[dict[str, Float[Tensor, "B
     """What each kind of credit says of the tokens of one rollout, and the tokens' log-probabilities, with gradient."""
     config, group = trainer.config, trainer.config.rlhf.group
     rows = trainer.rows(index)
-    t, image, joint = trainer.sample(trainer.policy, rows, trainer.corpus, ("credit", index))
+    t, image, joint = trainer.sample(trainer.policy, rows, trainer.corpus, ("credit", index), drafts=True)
     logp = score(trainer.policy, t.x0, t.step, t.length, image, config.rlhf.temperature).logp
     written, each = (t.step > 0) & (t.step < HIDDEN), joint.repeat_interleave(group, 0)
     texts = decode_rows(trainer.corpus.tokenizer, t.x0, t.length)
@@ -91,14 +93,10 @@ def unbiased(a: Float[Tensor, "N D"], b: Float[Tensor, "N D"]) -> float:
 
 
 def cosines(blocks: Float[Tensor, "N D"], gold: Float[Tensor, "N D"], single: float) -> dict[str, float]:
-    """With the true gradient; `single` is the mean square length of one rollout's gradient."""
-    inner, true = unbiased(blocks, gold), max(unbiased(gold, gold), 1e-20) ** 0.5
-    lengths = {
-        "of the mean": unbiased(blocks, blocks),
-        "of one update": single,
-        f"of {BLOCK} updates": float(blocks.square().sum(1).mean()),
-    }
-    return {name: round(inner / true / max(square, 1e-20) ** 0.5, 3) for name, square in lengths.items()}
+    """With the true gradient; `single` is the mean square length of one rollout's gradient. NaN where noise hides a length."""
+    inner, true, several = unbiased(blocks, gold), unbiased(gold, gold), float(blocks.square().sum(1).mean())
+    lengths = {"of the mean": unbiased(blocks, blocks), "of one update": single, f"of {BLOCK} updates": several}
+    return {name: round(inner / (true * square) ** 0.5, 3) if min(true, square) > 0 else math.nan for name, square in lengths.items()}
 
 
 def compare(trainer: Trainer, rollouts: int) -> dict[str, dict[str, float]]:

@@ -160,7 +160,9 @@ def test_the_table_of_the_specification_is_what_the_file_says() -> None:
     fits = [config[stage]["fit"] for stage in ("base", "reward", "rlhf")]
     assert [(fit["epochs"], fit["batch_size"], fit["lr"]) for fit in fits] == [(10, 16, 1e-4), (5, 16, 1e-4), (8, 8, 1e-5)]
     assert (config["data"]["train"], config["data"]["val"], config["mixed_precision"]) == (5000, 500, "bf16")
-    assert config["shaping"] == {"clip_weight": 0.7, "preference_weight": 0.3} and all(fit["patience"] == 5 for fit in fits)
+    assert (config["shaping"]["clip_weight"], config["shaping"]["preference_weight"]) == (0.7, 0.3) and all(
+        fit["patience"] == 5 for fit in fits
+    )
 
 
 def test_every_stage_runs(run: Path) -> None:

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def test_noise_does_not_count_as_length_of_the_mean_and_does_of_an_update(bench:
         assert found["of the mean"] == pytest.approx(cosine, abs=0.01)
         assert found["of 10 updates"] == pytest.approx(cosine * 5 / (25 + 3) ** 0.5, abs=0.01)
         assert found["of one update"] == pytest.approx(cosine * 5 / 55**0.5, abs=0.01)
+    assert math.isnan(bench.cosines(torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1), 1.0)["of the mean"])
 
 
 def test_the_credit_of_a_finished_run(bench: Any, smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -37,7 +39,7 @@ def test_the_credit_of_a_finished_run(bench: Any, smoke: Path, tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", ["credit.py", "--models", models, "--rollouts", "20", "--output", "o/credit.json"])
     bench.main()
     found = json.loads(Path("o/credit.json").read_text())["cosine with the gradient of gold"]
-    assert found["gold"]["of the mean"] == 1.0 and found["gold"]["of one update"] < found["gold"]["of 10 updates"] <= 1.0
+    assert 0 < found["gold"]["of one update"] < found["gold"]["of 10 updates"] <= 1.0
     assert {"sparse", "caption", "step_potential local", "sparse and 0.3 of step_potential local"} <= found.keys()
     assert "sparse and 0.3 of step_potential local" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["credit.py", "--rollouts", "25", "--output", "x.json"])

@@ -370,7 +370,11 @@ def read_work(args: argparse.Namespace) -> Any:
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type)
     plan = with_overrides(captioner.eyes.config, args.settings).sampler
     captioner.write([], plan, args.seed, wishes)  # says what it cannot do
-    if plan.beams * plan.lengths > 1 and any(text.startswith("sampler.steps=") for text in args.settings):
+    if (
+        plan.beams * plan.lengths > 1
+        and not (args.template or args.must_include)
+        and any(text.startswith("sampler.steps=") for text in args.settings)
+    ):
         raise ConfigError("a beam search takes a step for every word; beams=1 lengths=1 turns it off, and steps count")
     captioner.dials = Dials(args.accuracy, args.fluency, args.specificity)
     if captioner.dials != EVEN and plan.candidates == 1 and not args.refine:

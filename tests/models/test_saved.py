@@ -94,6 +94,16 @@ def test_settings_of_another_version_are_one_line_that_names_file_and_key(eyes: 
     assert "\n" not in str(error.value)
 
 
+def test_files_from_before_alpha_could_fade_did_not_fade(eyes: Eyes, tmp_path: Path) -> None:
+    save_eyes(tmp_path / "eyes.pt", eyes, {})
+    saved = torch.load(tmp_path / "eyes.pt", weights_only=True)
+    shaping = saved["payload"]["config"]["shaping"]
+    shaping.pop("fade")
+    shaping["preference_weight"] = 0.0
+    torch.save(saved, tmp_path / "eyes.pt")
+    assert load_eyes(tmp_path / "eyes.pt")[0].config.shaping.fade == 0
+
+
 def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: Eyes) -> None:
     other = Config(run="other", seed=7, data=DataConfig(max_words=30, train=5), base=BaseConfig(width=64))
     merged = with_config(eyes, other).config

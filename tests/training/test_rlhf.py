@@ -31,6 +31,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, make_optimizer
+from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, RLHFConfig, ShapingConfig
 
 RunOf = Callable[..., Run]
@@ -241,7 +242,7 @@ def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf)
     trainer.reference = world.denoiser(1).requires_grad_(False)
     trainer.extra["confidence"] = [-2.5, 0.3]
     rollout, group = trainer.roll(0), trainer.config.rlhf.group
-    t, image, joint = trainer.sample(trainer.policy, trainer.rows(0), trainer.corpus, ("rollout", 0))
+    t, image, joint = trainer.sample(trainer.policy, trainer.rows(0), trainer.corpus, ("rollout", 0), drafts=True)
     assert torch.equal(t.x0, rollout.x0) and torch.equal(image, rollout.image)
     alignment, shaper = trainer.reward.evidence.alignment, HierarchicalRewardShaper(trainer.config.shaping)
     dense = dense_reward(alignment, world.words, t, joint.repeat_interleave(group, 0), trainer.config.shaping, trainer.config.rlhf.steps)
@@ -269,6 +270,8 @@ def test_alpha_fades_as_the_training_goes_on(world: Any, run_of: RunOf) -> None:
         world, run_of, shaping=ShapingConfig(kappa=0.0, fade=0.5), rlhf={"fit": FitConfig(epochs=4, epoch_size=12, batch_size=3)}
     )
     assert [trainer.progress(index) for index in (0, 4, 16)] == [0.0, 0.25, 1.0]  # of 4 epochs of 4 rollouts
+    short = trainer_of(world, run_of, rlhf={"inner_updates": 2, "fit": FitConfig(epochs=3, epoch_size=5, batch_size=8, save_every=2)})
+    assert [short.progress(index) for index in (0, 1, 3)] == pytest.approx([0.0, 1 / 3, 1.0])  # one rollout, for two updates, an epoch
     assert [trainer.roll(index).facts["alpha"] for index in (0, 4, 8, 12)] == pytest.approx([0.5, 0.25, 0.0, 0.0])
 
 
@@ -399,6 +402,9 @@ def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, m
     judged = [row["val_judge"] for row in rows]
     best = 0 if alarmed else judged.index(max(judged))
     assert len(rows) == 4 and facts["row"]["epoch"] == best
+    other = run_of(run.config, shaping=ShapingConfig(clip_weight=0.0), resume=True)
+    with pytest.raises(CheckpointError, match=r"last_rlhf\.pt: was trained with other settings of shaping; remove it to start over"):
+        train_rlhf(other, replace(world.eyes, config=other.config), base, reward, reward, world.corpora, world.words)
     same = all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), base.cpu().state_dict().values(), strict=True))
     assert same == (best == 0)
     assert max(judged[1:]) > judged[0]

@@ -59,7 +59,7 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "rlhf_entropy": ("Refinement: entropy", "nats per token", {"entropy": "training images", "val_entropy": "held out"}),
 }  # fmt: skip
 """Learning curves: stage and file; title, unit, and what the log calls the lines."""
-HEAT = {"confidence": "confidence", "alpha": "α, share of dense", "dense": "dense (CLIP)", "sparse": "sparse (people)"}
+HEAT = {"confidence": "confidence", "alpha": "α, share of dense at first", "dense": "dense (CLIP)", "sparse": "sparse (people)"}
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,9 @@ def eyes_payload(eyes: Eyes) -> dict[str, Any]:
 
 def settings_from(tree: dict[str, Any], path: Path) -> Config:
     """Settings that a file holds. Raises CheckpointError."""
+    shaping = {"fade": 0.0} | tree.get("shaping", {})  # files from before alpha could fade
     try:
-        return config_from_plain(tree)
+        return config_from_plain(tree | {"shaping": shaping})
     except ConfigError as error:
         raise CheckpointError(f"{path}: made by another version of the package: {error}") from None
 

@@ -6,7 +6,7 @@ Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocab
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +33,12 @@ from ..models.shaping import (
     dense_from_potential,
     dense_from_words,
 )
+from ..utils.checkpoint import CheckpointError
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, validation_loss
 from .engine import Row
-from .run import Run
+from .run import Run, steps_per_epoch
 from .state import TrainState
 
 SCALE_DECAY = 0.9
@@ -168,8 +169,8 @@ class Trainer:
 
     def progress(self, index: int) -> float:
         """Share of the training that rollout `index` begins at."""
-        config = self.config.rlhf
-        return index * config.inner_updates * config.fit.batch_size / (config.fit.epochs * (config.fit.epoch_size or len(self.corpus)))
+        fit, inner = self.config.rlhf.fit, self.config.rlhf.inner_updates
+        return index * inner / (fit.grad_accum * fit.epochs * steps_per_epoch(fit, len(self.corpus), inner))
 
     def rows(self, index: int) -> list[int]:
         """Images of rollout `index` that are this process's."""
@@ -178,31 +179,33 @@ class Trainer:
         return rows[share(size, accelerator.process_index, accelerator.num_processes)]
 
     @torch.no_grad()
-    def sample(self, policy: DiffusionCaptionModel, rows: Sequence[int], corpus: Corpus, key: object) -> tuple[Trajectory, Tensor, Tensor]:
+    def sample(
+        self, policy: DiffusionCaptionModel, rows: Sequence[int], corpus: Corpus, key: object, drafts: bool = False
+    ) -> tuple[Trajectory, Tensor, Tensor]:
         """Captions of the rows by the rollout policy, with the images' tokens and joint embeddings."""
         config, device = self.config, self.run.device
         image, joint = corpus.image(rows).to(device), corpus.joint[list(rows)].to(device)
         keys = [(key, corpus.examples[row].key) for row in rows]
         noise = noise_for(keys, config.rlhf.group, config.rlhf.steps, policy.max_length, config.seed).to(device)
         policy.eval()
-        drafts = config.shaping.dense == "step_potential" and config.shaping.clip_weight > 0
         return sample(policy, image, rollout_plan(config.rlhf), noise, drafts=drafts), image, joint
 
     @torch.no_grad()
     def roll(self, index: int) -> Rollout:
         """Sample, reward, shape."""
-        config, group = self.config.rlhf, self.config.rlhf.group
+        config, group, shaping = self.config.rlhf, self.config.rlhf.group, self.config.shaping
+        drafts = shaping.dense == "step_potential" and shaping.clip_weight > 0
         with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1; rewards stay exact
-            t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index))
+            t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index), drafts)
             learned = t if config.logprob == "trajectory" else self.mean_field(t, image)
             base = score(self.reference, t.x0, learned.step, t.length, image, config.temperature)
         sparse = self.reward.score(t.x0, t.length, image, joint)
         dense = self.dense(t, joint.repeat_interleave(group, 0))
-        shaper = HierarchicalRewardShaper(self.config.shaping)
+        shaper = HierarchicalRewardShaper(shaping)
         scales = self.update_scales(*shaper.squares(dense, sparse, t.step, group))
         mean, std = self.extra["confidence"]
         z = (log_odds(t.confidence) - mean) / std
-        if self.config.shaping.shuffle_alpha:
+        if shaping.shuffle_alpha:
             z = dealt_out(z, (t.step > 0) & (t.step < HIDDEN), generator(self.config.seed, "shuffled alpha", index))
         shaped = shaper(dense, sparse, z, t.step, group, scales, shaper.trust(self.progress(index)))
         anchor = None
@@ -338,12 +341,16 @@ def train_rlhf(
         odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])
         state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
+        state.extra["shaping"] = asdict(config.shaping)
         state.best = state.extra["base"]["judge"]
         if run.main:
             row = {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()}
             run.log.rewind("rlhf", -1)
             run.log.write("rlhf", row)
             save_denoiser(path, "rlhf", eyes, policy, {"row": row})
+
+    if state.extra.get("shaping") != asdict(config.shaping):
+        raise CheckpointError(f"{run.last('rlhf')}: was trained with other settings of shaping; remove it to start over")
 
     def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss, facts = policy_loss(model, rollout, config.rlhf, state.extra["kl_weight"], policy.allowed)

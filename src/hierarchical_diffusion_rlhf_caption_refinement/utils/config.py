@@ -260,7 +260,7 @@ class ShapingConfig:
     credit: Literal["local", "to_go", "potential"] = "local"
     alpha_min: float = 0.1
     alpha_max: float = 0.9
-    """Bounds on alpha when both weights are positive."""
+    """Bounds on alpha, before it fades, when both weights are positive."""
 
     def __post_init__(self) -> None:
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
