@@ -189,7 +189,7 @@ def judge(model, corpus: Corpus, plan: SamplerConfig, alignment: Alignment, coun
     texts = [text for part in torch.tensor(rows).split(100) for text in model.captions(corpus, part.tolist(), plan, alignment)]
     examples = corpus.examples[: len(rows)]
     gold = gold_of(examples)
-    return (gold(texts) if gold else reference_scores(texts, examples)) | {"repetition": text_statistics(texts)["repetition"]}
+    return (gold(texts) if gold else reference_scores(texts, examples)) | text_statistics(texts)
 
 
 def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, plan: SamplerConfig, alignment: Alignment) -> dict:
@@ -238,6 +238,7 @@ def main() -> None:
         help="processor minutes of training, without the looks at validation captions: other work beside it does not count",
     )
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--save", type=Path, help="where its weights go, for self_critical.py")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
@@ -251,6 +252,8 @@ def main() -> None:
     decodings = plans(args.peer, config)
     facts = train(model, corpora, config, args.minutes, next(iter(decodings.values())), eyes.alignment)
     model.eval()
+    if args.save:
+        torch.save(model.state_dict(), args.save)
     row = {"peer": args.peer, "minutes": args.minutes, "parameters": sum(p.numel() for p in model.parameters())} | facts
     row["test"] = {name: judge(model, corpora["test"], plan, eyes.alignment) for name, plan in decodings.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

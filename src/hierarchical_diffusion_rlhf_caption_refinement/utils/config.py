@@ -248,7 +248,7 @@ class ShapingConfig:
     clip_weight: float = 0.15
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
     preference_weight: float = 0.85
-    """Weight of the sparse preference reward."""
+    """Weight of the sparse reward."""
     kappa: float = 1.0
     """How strongly confidence moves alpha; 0 keeps it constant, positive leans on CLIP where confidence is low."""
     shuffle_alpha: bool = False
@@ -271,6 +271,8 @@ class ShapingConfig:
 
 @dataclass(frozen=True)
 class RLHFConfig:
+    sparse: Literal["preference", "references"] = "preference"
+    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with the image's own captions, which needs no reward stage."""
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
@@ -329,6 +331,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """A whole run's: references as reward ask for no reward model."""
+        return tuple(stage for stage in STAGES if stage != "reward" or self.rlhf.sparse == "preference")
 
     @property
     def models(self) -> Path:
