@@ -1,10 +1,10 @@
 """The autoregressive peer refined by self-critical training: REINFORCE on CIDEr-D with the training captions (Rennie et al. 2017).
 
-What is subtracted from a caption's reward is the mean of its image's captions, as Luo (2020) found better than the greedy caption's. Images,
-captions drawn for each, learning rate, averaging of the weights and the choice among them on validation photographs are those of
-`rlhf.sparse=references`; there is no KL and no dense reward.
+The baseline is the mean of the image's captions, which Luo (2020) found better than its greedy caption. Images, captions drawn of each,
+learning rate, averaging of the weights and the choice among them on validation photographs are those of `rlhf.sparse=references`, and so is
+the reward: CLIP's score of the caption is mixed in with `shaping.clip_weight`; 0 is the usual method. There is no KL.
 
-    python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output ar_refined.json
+    python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output refined.json
 
 needs the alignment stage and the weights that `peers.py --peer autoregressive --save ar.pt` left. Axes: N images, B captions, T words.
 """
@@ -21,7 +21,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, fit_of
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import cider_d, rarity, tokenize
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
@@ -58,6 +58,13 @@ def log_likelihood(model: Autoregressive, x0: Tensor, image: Tensor, temperature
     return logp.masked_fill(~valid_positions((x0 != END).sum(1) + 1, x0.shape[1]), 0.0).sum(1)
 
 
+def advantage(cider: Tensor, clip: Tensor, weight: float, group: int) -> Tensor:
+    """Both rewards less the mean of their image's captions, in units of their root mean squares, mixed."""
+    parts = [centre(reward, group) for reward in (cider, clip)]
+    cider, clip = (part / part.square().mean().sqrt().clamp(min=1e-8) for part in parts)
+    return (1 - weight) * cider + weight * clip
+
+
 def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, alignment: Alignment) -> list[dict]:
     """Leaves the averaged weights with the best validation CIDEr-D in the model; a row per epoch."""
     settings, fit, train = config.rlhf, config.rlhf.fit, corpora["train"]
@@ -69,14 +76,15 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
     for step in range(fit.epochs * each):
         torch.manual_seed(seed_of(config.seed, "self-critical", step))
         rows = batch_indices(len(train), fit.batch_size, step, config.seed, "rlhf")
-        image = train.image(rows)
+        image, cosine = train.image(rows), fit_of(alignment, train.tokenizer, train.joint[rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             x0 = draw(model, image, settings.group, settings.temperature)
-            texts = decode_rows(train.tokenizer, x0, (x0 != END).sum(1))
-            own = [references[row] for row in rows for _ in range(settings.group)]
-            reward = torch.from_numpy(cider_d([tokenize(text) for text in texts], own, idf)[1]).float()
             logp = log_likelihood(model, x0, image, settings.temperature)
-        loss = -(centre(reward, settings.group) * logp).mean() / x0.shape[1]
+        length = (x0 != END).sum(1)
+        texts, own = decode_rows(train.tokenizer, x0, length), [references[row] for row in rows for _ in range(settings.group)]
+        reward = torch.from_numpy(cider_d([tokenize(text) for text in texts], own, idf)[1]).float()
+        worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
+        loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm)
         for group in optimizer.param_groups:
@@ -110,7 +118,8 @@ def main() -> None:
     model.load_state_dict(torch.load(args.start))
 
     def test() -> dict[str, dict[str, float]]:
-        return {name: judge(model, corpora["test"], plan, eyes.alignment) for name, plan in plans("autoregressive", config).items()}
+        decodings = {name: plan for name, plan in plans("autoregressive", config).items() if name in ("greedy", "25 beams, CLIP")}
+        return {name: judge(model, corpora["test"], plan, eyes.alignment) for name, plan in decodings.items()}
 
     before = test()
     curve = refine(model, corpora, config, eyes.alignment)

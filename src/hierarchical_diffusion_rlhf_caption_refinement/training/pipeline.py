@@ -78,7 +78,8 @@ class Pipeline:
         """Raises ConfigError, before hours of work, if the reward stage would have nothing to learn from."""
         data, done = self.run.config.data, (self.run.config.sources / FILES["reward"]).exists()
         path = data.ratings or data.comparisons
-        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else not done and "rlhf" in stages and "reward" in self.run.config.stages
+        asked = "rlhf" in stages and self.run.config.rlhf.sparse == "preference" and not done
+        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else asked
         if not to_do:
             return
         if not path and data.source != "scenes":

@@ -272,7 +272,7 @@ class ShapingConfig:
 @dataclass(frozen=True)
 class RLHFConfig:
     sparse: Literal["preference", "references"] = "preference"
-    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with the image's own captions, which needs no reward stage."""
+    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with the image's own captions (no reward stage)."""
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
