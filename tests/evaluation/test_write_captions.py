@@ -108,3 +108,7 @@ def test_worth_is_the_rewards_score_or_cider_d_by_the_training_captions(corpus: 
     expected = metrics.cider_d([text.split() for text in written.texts], references, idf)[1]
     torch.testing.assert_close(found, torch.tensor(expected).float())
     assert found.max() > 0.5 and len(set(found.tolist())) > 2
+    loss = found - agreement(train, 0.3)(corpus, rows, written.trajectory)
+    again = [metrics.repeats(text.split()) for text in written.texts]
+    torch.testing.assert_close(loss, 0.3 * torch.tensor(again).float())
+    assert 0 < sum(again) < len(again)

@@ -75,14 +75,18 @@ def preference(reward: RewardModel) -> Worth:
     return worth
 
 
-def agreement(train: Sequence[Example]) -> Worth:
-    """CIDEr-D of captions with their image's own, 0 to 10; the training images' captions tell which words are rare."""
+def agreement(train: Sequence[Example], repeated: float = 0.0) -> Worth:
+    """CIDEr-D of captions with their image's own, 0 to 10; the training images' captions tell which words are rare.
+
+    A caption that says something twice loses `repeated`: CIDEr-D hardly minds.
+    """
     idf = metrics.rarity([[metrics.tokenize(c) for c in e.captions] for e in train])
 
     def worth(corpus: Corpus, rows: Sequence[int], t: Trajectory) -> Tensor:
         candidates = [metrics.tokenize(text) for text in decode_rows(corpus.tokenizer, t.x0, t.length)]
         own = [[metrics.tokenize(c) for c in corpus.examples[row].captions] for row in rows]
         scores = metrics.cider_d(candidates, [refs for refs in own for _ in range(len(candidates) // len(own))], idf)[1]
+        scores -= repeated * np.array([metrics.repeats(c) for c in candidates])
         return torch.from_numpy(scores).to(t.x0.device, torch.float32)
 
     return worth

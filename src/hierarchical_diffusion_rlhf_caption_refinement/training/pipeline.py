@@ -25,6 +25,8 @@ from .reward_report import reward_report
 from .rlhf import train_rlhf
 from .run import Run
 
+REPEATED = 0.3
+"""CIDEr-D that a caption loses, as a reward, for saying something twice."""
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
 
@@ -169,7 +171,7 @@ class Pipeline:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         (eyes, base), config = self.load_base(), self.run.config
         if config.rlhf.sparse == "references":
-            reward = judge = agreement(self.examples["train"])
+            reward, judge = (agreement(self.examples["train"], repeated) for repeated in (REPEATED, 0.0))
         else:
             paths = self.find("reward"), config.sources / JUDGE
             reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)
