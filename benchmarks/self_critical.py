@@ -2,7 +2,7 @@
 
 The baseline is the mean of the image's captions, which Luo (2020) found better than its greedy caption. Images, captions drawn of each,
 learning rate, averaging of the weights and the choice among them on validation photographs are those of `rlhf.sparse=references`, and so is
-the reward: CLIP's score of the caption is mixed in with `shaping.clip_weight`; 0 is the usual method. There is no KL.
+the reward: repetitions cost, and CLIP's score of the caption is mixed in with `shaping.clip_weight`. There is no KL.
 
     python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output refined.json
 
@@ -22,12 +22,13 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_exa
 from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, fit_of
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import cider_d, rarity, tokenize
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import cider_d, rarity, repeats, tokenize
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_eyes, with_config
 from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import centre
 from hierarchical_diffusion_rlhf_caption_refinement.training.engine import lr_at
+from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import REPEATED
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import steps_per_epoch
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import averaged, make_optimizer, update_average
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig, load_config
@@ -81,8 +82,9 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
             x0 = draw(model, image, settings.group, settings.temperature)
             logp = log_likelihood(model, x0, image, settings.temperature)
         length = (x0 != END).sum(1)
-        texts, own = decode_rows(train.tokenizer, x0, length), [references[row] for row in rows for _ in range(settings.group)]
-        reward = torch.from_numpy(cider_d([tokenize(text) for text in texts], own, idf)[1]).float()
+        said = [tokenize(text) for text in decode_rows(train.tokenizer, x0, length)]
+        reward = torch.from_numpy(cider_d(said, [references[row] for row in rows for _ in range(settings.group)], idf)[1]).float()
+        reward -= REPEATED * torch.tensor([float(repeats(caption)) for caption in said])
         worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
         loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()
