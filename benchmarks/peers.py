@@ -103,14 +103,17 @@ class Bidirectional(DiffusionCaptionModel):
 
 
 class Autoregressive(DiffusionCaptionModel):
-    def next_logits(self, x0: Tensor, memory) -> Tensor:
-        """(B, T + 1, V): logits of each word and of the one after the last, given those before; the mask embedding starts the caption."""
+    def next_logits(self, x0: Tensor, memory, first: int = 0) -> Tensor:
+        """(B, T + 1 - first, V): logits of each word from `first` on and of the one after the last, given those before.
+
+        The mask embedding starts the caption.
+        """
         hidden = torch.cat([self.mask.expand(len(x0), 1, -1), self.wte(x0)], 1)
         hidden = self.drop(hidden + self.wpe.weight[: hidden.shape[1]])
         causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril().expand(len(x0), -1, -1)
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, causal, image)
-        return self.to_logits(hidden)
+        return self.to_logits(hidden[:, first:])
 
     def loss(self, batch: CaptionBatch) -> Tensor:
         order = batch.length.argsort(stable=True)
@@ -132,7 +135,7 @@ class Autoregressive(DiffusionCaptionModel):
         score = torch.tensor([0.0] + [-torch.inf] * (beams - 1)).repeat(len(rows))
         ended, length = torch.zeros(len(texts), dtype=torch.bool), torch.zeros(len(texts), dtype=torch.long)
         for t in range(longest):
-            logp = self.next_logits(texts[:, :t], memory)[:, t].log_softmax(-1)
+            logp = self.next_logits(texts[:, :t], memory, t)[:, 0].log_softmax(-1)
             logp[ended] = torch.where(torch.arange(logp.shape[1]) == END, 0.0, -torch.inf)
             logp[:, END] = torch.where(torch.full_like(ended, t == 0), -torch.inf, logp[:, END])
             best = (score[:, None] + logp).view(len(rows), -1).topk(beams)

@@ -42,7 +42,7 @@ def draw(model: Autoregressive, image: Tensor, group: int, temperature: float) -
     x0 = torch.full((len(image) * group, longest), END)
     going = torch.ones(len(x0), dtype=torch.bool)
     for t in range(longest):
-        logits = model.next_logits(x0[:, :t], memory)[:, t].float() / temperature
+        logits = model.next_logits(x0[:, :t], memory, t)[:, 0].float() / temperature
         logits[:, END] = -torch.inf if t == 0 else logits[:, END]
         x0[:, t] = torch.where(going, logits.softmax(-1).multinomial(1).squeeze(1), END)
         going = x0[:, t] != END
