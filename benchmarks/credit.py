@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows, words_and_owners
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, gold_qualities
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, gold_qualities, preference
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import text_scores
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import score
@@ -50,7 +50,7 @@ def trainer_of(models: Path, policy: Path | None, cache: Path) -> Trainer:
     config = replace(eyes.config, run="credit", shaping=ShapingConfig(dense="step_potential"))
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["train"], cache)
     run = Run(config, Accelerator(cpu=True), RunLog(config.results), False, cache)
-    return Trainer(run, drawn.requires_grad_(True), base, reward, words, corpus, {})
+    return Trainer(run, drawn.requires_grad_(True), base, preference(reward), eyes.alignment, words, corpus, {})
 
 
 def advantages(trainer: Trainer, index: int) -> tuple[dict[str, Float[Tensor, "B T"]], Float[Tensor, "B T"]]:
@@ -62,16 +62,15 @@ def advantages(trainer: Trainer, index: int) -> tuple[dict[str, Float[Tensor, "B
     written, each = (t.step > 0) & (t.step < HIDDEN), joint.repeat_interleave(group, 0)
     texts = decode_rows(trainer.corpus.tokenizer, t.x0, t.length)
     truth = gold_qualities(texts, [trainer.corpus.examples[row] for row in rows for _ in range(group)])["utility"]
-    alignment = trainer.reward.evidence.alignment
     whole = {
         "gold": torch.tensor(truth, dtype=torch.float32),
-        "sparse": trainer.reward.score(t.x0, t.length, image, joint),
-        "caption": text_scores(alignment, texts, each),
+        "sparse": trainer.reward(trainer.corpus, rows, t),
+        "caption": text_scores(trainer.alignment, texts, each),
     }
     found = {name: centre(value, group)[:, None] * written for name, value in whole.items()}
     for dense, credit in (("leave_one_word_out", "local"), ("step_potential", "local"), ("step_potential", "to_go")):
         shaping = replace(config.shaping, dense=dense, credit=credit)
-        given = dense_reward(alignment, trainer.words, t, each, shaping, config.rlhf.steps)
+        given = dense_reward(trainer.alignment, trainer.words, t, each, shaping, config.rlhf.steps)
         found[f"{dense} {credit}"] = centred_dense(given, t.step, group, credit) * written
     return {name: a / a[written].square().mean().sqrt().clamp(min=1e-8) for name, a in found.items()}, logp
 

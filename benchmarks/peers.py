@@ -103,14 +103,17 @@ class Bidirectional(DiffusionCaptionModel):
 
 
 class Autoregressive(DiffusionCaptionModel):
-    def next_logits(self, x0: Tensor, memory) -> Tensor:
-        """(B, T + 1, V): logits of each word and of the one after the last, given those before; the mask embedding starts the caption."""
+    def next_logits(self, x0: Tensor, memory, first: int = 0) -> Tensor:
+        """(B, T + 1 - first, V): logits of each word from `first` on and of the one after the last, given those before.
+
+        The mask embedding starts the caption.
+        """
         hidden = torch.cat([self.mask.expand(len(x0), 1, -1), self.wte(x0)], 1)
         hidden = self.drop(hidden + self.wpe.weight[: hidden.shape[1]])
         causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril().expand(len(x0), -1, -1)
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, causal, image)
-        return self.to_logits(hidden)
+        return self.to_logits(hidden[:, first:])
 
     def loss(self, batch: CaptionBatch) -> Tensor:
         order = batch.length.argsort(stable=True)
@@ -132,7 +135,7 @@ class Autoregressive(DiffusionCaptionModel):
         score = torch.tensor([0.0] + [-torch.inf] * (beams - 1)).repeat(len(rows))
         ended, length = torch.zeros(len(texts), dtype=torch.bool), torch.zeros(len(texts), dtype=torch.long)
         for t in range(longest):
-            logp = self.next_logits(texts[:, :t], memory)[:, t].log_softmax(-1)
+            logp = self.next_logits(texts[:, :t], memory, t)[:, 0].log_softmax(-1)
             logp[ended] = torch.where(torch.arange(logp.shape[1]) == END, 0.0, -torch.inf)
             logp[:, END] = torch.where(torch.full_like(ended, t == 0), -torch.inf, logp[:, END])
             best = (score[:, None] + logp).view(len(rows), -1).topk(beams)
@@ -189,7 +192,7 @@ def judge(model, corpus: Corpus, plan: SamplerConfig, alignment: Alignment, coun
     texts = [text for part in torch.tensor(rows).split(100) for text in model.captions(corpus, part.tolist(), plan, alignment)]
     examples = corpus.examples[: len(rows)]
     gold = gold_of(examples)
-    return (gold(texts) if gold else reference_scores(texts, examples)) | {"repetition": text_statistics(texts)["repetition"]}
+    return (gold(texts) if gold else reference_scores(texts, examples)) | text_statistics(texts)
 
 
 def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, plan: SamplerConfig, alignment: Alignment) -> dict:
@@ -238,6 +241,7 @@ def main() -> None:
         help="processor minutes of training, without the looks at validation captions: other work beside it does not count",
     )
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--save", type=Path, help="where its weights go, for self_critical.py")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
@@ -251,6 +255,8 @@ def main() -> None:
     decodings = plans(args.peer, config)
     facts = train(model, corpora, config, args.minutes, next(iter(decodings.values())), eyes.alignment)
     model.eval()
+    if args.save:
+        torch.save(model.state_dict(), args.save)
     row = {"peer": args.peer, "minutes": args.minutes, "parameters": sum(p.numel() for p in model.parameters())} | facts
     row["test"] = {name: judge(model, corpora["test"], plan, eyes.alignment) for name, plan in decodings.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import random
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,16 @@ def test_too_few_ratings_are_an_error_in_one_line(photographs, tmp_path, monkeyp
     code = cli.train(["--config", str(config), "run=few", source, "--stage", "reward", f"data.ratings={ratings}"])
     found = capsys.readouterr().err
     assert code == 1 and found.startswith(f"error: {ratings}: ") and found.count("\n") == 1
+
+
+def test_references_as_reward_need_nobodys_ratings(photographs, tmp_path, monkeypatch):
+    for name in ("alignment_model.pt", "best_base_model.pt"):
+        (tmp_path / "trained").mkdir(exist_ok=True)
+        shutil.copy(photographs / "models/photographs" / name, tmp_path / "trained")
+    monkeypatch.chdir(tmp_path)
+    config, settings = photographs / "collection/photographs.yaml", ["data.ratings=''", "rlhf.sparse=references", "start_from=trained"]
+    assert cli.train(["--config", str(config), "--stage", "rlhf", *settings]) == 0
+    summary = json.loads(Path("results/photographs/training_summary.json").read_text())
+    rows = summary["stages"]["rlhf"]
+    assert [row["epoch"] for row in rows] == [0, 1] and all(row["val_reward"] <= row["val_judge"] <= 10 for row in rows)
+    assert 0 < rows[1]["alpha"] < 1 and "reward" not in summary["evaluation"]["rlhf"]

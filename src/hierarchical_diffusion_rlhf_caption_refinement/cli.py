@@ -70,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         write_json(config.results / "config.json", to_plain(config) | {"threads": threads})
     pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
-    pipeline.train(STAGES if args.stage == "all" else [cast(Stage, args.stage)])
+    pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
     if accelerator.is_main_process:
         finish(config, log, pipeline.times())
     accelerator.end_training()

@@ -96,6 +96,20 @@ def test_a_copy_of_the_only_reference_scores_highest() -> None:
     assert metrics.bleu(strangers, references)[0] < 1e-9
 
 
+def test_rarity_of_a_larger_set_makes_one_image_worth_scoring() -> None:
+    train = [[tokenize("a dog runs"), tokenize("a brown dog")], [tokenize("a cat sleeps")], [tokenize("a red bird")]]
+    idf = metrics.rarity(train)
+    grams = ("a",), ("dog",), ("a", "cat"), ("a", "brown", "dog"), ("zebra",), ("a", "dog", "runs", "away")
+    assert [idf(gram) for gram in grams] == pytest.approx([0.0, *[math.log(3)] * 5])
+    captions, references = [tokenize("a dog runs in the snow"), tokenize("a cat runs")], [train[0], train[1]]
+    own, alone = metrics.cider_d(captions, references), metrics.cider_d(captions, references, metrics.rarity(references))
+    assert own[0] == alone[0] > 0
+    assert metrics.cider_d(captions[:1], references[:1])[0] == 0 < metrics.cider_d(captions[:1], references[:1], idf)[0]
+    # "a dog" against "a dog runs": one of two words counts, and one of two bigrams; a bigram less, as long as its own
+    expected = 10 * (1 / 2**0.5 + 1 / 2**0.5) / 4 * math.exp(-1 / 72)
+    assert metrics.cider_d([tokenize("a dog")], [[tokenize("a dog runs")]], idf)[0] == pytest.approx(expected)
+
+
 def test_bleu_by_hand() -> None:
     # the the the: clipped to 2 of 3 unigrams, no bigram; as long as the reference of length 3, which is nearer than the one of 7
     refs = [["the", "cat", "the"], ["there", "is", "a", "cat", "on", "the", "mat"]]

@@ -8,7 +8,8 @@ from torch import Tensor
 from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import build_tokenizer
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import best_candidates, write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation import metrics
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import agreement, best_candidates, preference, write_captions
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory
@@ -91,3 +92,23 @@ def test_candidates_are_picked_within_each_image() -> None:
     t = Trajectory(x0, x0, x0[:, 0], x0.float(), x0.float(), x0[:, 0].float(), None)
     best, score = best_candidates(t, torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0]), 3)
     assert best.x0.flatten().tolist() == [1, 3] and score.tolist() == [3.0, 9.0]
+
+
+def test_worth_is_the_rewards_score_or_cider_d_by_the_training_captions(corpus: Corpus, model: DiffusionCaptionModel) -> None:
+    rows, reward = [5, 2, 3], liking(model)
+    written = write_captions(model, corpus, rows, SamplerConfig(steps=3, temperature=1.0), 0, reward, group=2)
+    assert written.reward is not None
+    torch.testing.assert_close(preference(reward)(corpus, rows, written.trajectory), written.reward)
+
+    train = [Example("x", ("a fast dog", "a red dog runs")), Example("y", ("a red dog",)), Example("z", ("dog runs",))]
+    corpus.examples[2] = Example("image 2", ("A dog runs fast.", "a fast dog"))
+    found = agreement(train)(corpus, rows, written.trajectory)
+    idf = metrics.rarity([[metrics.tokenize(c) for c in e.captions] for e in train])
+    references = [[metrics.tokenize(c) for c in corpus.examples[row].captions] for row in rows for _ in range(2)]
+    expected = metrics.cider_d([text.split() for text in written.texts], references, idf)[1]
+    torch.testing.assert_close(found, torch.tensor(expected).float())
+    assert found.max() > 0.5 and len(set(found.tolist())) > 2
+    loss = found - agreement(train, 0.3)(corpus, rows, written.trajectory)
+    again = [metrics.repeats(text.split()) for text in written.texts]
+    torch.testing.assert_close(loss, 0.3 * torch.tensor(again).float())
+    assert 0 < sum(again) < len(again)

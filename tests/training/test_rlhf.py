@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import preference
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample, score
@@ -198,7 +199,8 @@ def trainer_of(world: Any, run_of: RunOf, **settings: object) -> Trainer:
     run = run_of(world.config, rlhf=rlhf, **settings)
     policy, reference = world.denoiser(), world.denoiser()
     extra = {"kl_weight": 0.03, "over": [], "confidence": [0.0, 1.0]}
-    return Trainer(run, policy, reference, world.reward(reference), world.words, world.corpora["train"], extra)
+    reward = preference(world.reward(reference))
+    return Trainer(run, policy, reference, reward, world.eyes.alignment, world.words, world.corpora["train"], extra)
 
 
 SHAPINGS = {
@@ -216,7 +218,9 @@ SHAPINGS = {
 @pytest.mark.parametrize("name", SHAPINGS)
 def test_a_rollout_is_data_and_its_update_touches_the_policy_alone(world: Any, run_of: RunOf, name: str) -> None:
     trainer = trainer_of(world, run_of, shaping=SHAPINGS[name])
-    for part in (trainer.reference, trainer.reward):
+    reward = world.reward(trainer.reference)
+    trainer.reward = preference(reward)
+    for part in (trainer.reference, reward):
         part.requires_grad_(True)  # even if nobody had frozen them
     rollout = trainer.roll(0)
     assert not any(isinstance(v, Tensor) and v.requires_grad for v in vars(rollout).values())
@@ -226,7 +230,7 @@ def test_a_rollout_is_data_and_its_update_touches_the_policy_alone(world: Any, r
     assert (rollout.facts["alpha"] == 0) == name.startswith("sparse")
     assert sum(v for k, v in rollout.facts.items() if k.startswith("alpha_0")) == pytest.approx(1, abs=1e-5)
 
-    frozen = {**dict(trainer.reference.named_parameters()), **dict(trainer.reward.named_parameters())}
+    frozen = {**dict(trainer.reference.named_parameters()), **dict(reward.named_parameters())}
     optimised = [p for group in make_optimizer(trainer.policy, trainer.config.rlhf.fit).param_groups for p in group["params"]]
     assert {p.data_ptr() for p in optimised} == {p.data_ptr() for p in trainer.policy.parameters()}
     assert not {p.data_ptr() for p in optimised} & {p.data_ptr() for p in frozen.values()}
@@ -244,9 +248,9 @@ def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf)
     rollout, group = trainer.roll(0), trainer.config.rlhf.group
     t, image, joint = trainer.sample(trainer.policy, trainer.rows(0), trainer.corpus, ("rollout", 0), drafts=True)
     assert torch.equal(t.x0, rollout.x0) and torch.equal(image, rollout.image)
-    alignment, shaper = trainer.reward.evidence.alignment, HierarchicalRewardShaper(trainer.config.shaping)
+    alignment, shaper = trainer.alignment, HierarchicalRewardShaper(trainer.config.shaping)
     dense = dense_reward(alignment, world.words, t, joint.repeat_interleave(group, 0), trainer.config.shaping, trainer.config.rlhf.steps)
-    sparse = trainer.reward.score(t.x0, t.length, image, joint)
+    sparse = world.reward(world.denoiser()).score(t.x0, t.length, image, joint)
     scales = Scales(*(float(square) ** 0.5 for square in shaper.squares(dense, sparse, t.step, group)))
     shaped = shaper(dense, sparse, (log_odds(t.confidence) + 2.5) / 0.3, t.step, group, scales)
     torch.testing.assert_close(rollout.advantage, shaped.advantage)
@@ -395,7 +399,7 @@ def test_log_odds_and_correlation() -> None:
 def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, monkeypatch: pytest.MonkeyPatch, alarmed: bool) -> None:
     monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.training.rlhf.alarms", lambda now, base: ["repetition"] * alarmed)
     rlhf = replace(world.config.rlhf, fit=FitConfig(epochs=3, epoch_size=4, batch_size=2, lr=3e-2, save_every=2))
-    run, base, reward = run_of(world.config, rlhf=rlhf), world.denoiser(), world.reward()
+    run, base, reward = run_of(world.config, rlhf=rlhf), world.denoiser(), preference(world.reward())
     path = train_rlhf(run, replace(world.eyes, config=run.config), base, reward, reward, world.corpora, world.words)
     rows = run.log.rows("rlhf")
     _, kept, facts = load_denoiser(path, "rlhf")

@@ -10,7 +10,7 @@ from torch import Tensor
 from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, words_and_owners
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import Worth, agreement, preference, write_captions
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import Evidence, RewardModel
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, policy_loss
@@ -46,11 +46,13 @@ def pictures(count: int, seed: int) -> Corpus:
     tokens[np.arange(count), :, kind] += 1.0
     tokenizer = build_tokenizer(["a dog cat bird runs sleeps red"], 1)
     joint = Clip().embed_images(torch.from_numpy(tokens).float())
-    return Corpus([Example(f"{seed}/{i}", ("a dog",)) for i in range(count)], tokens.astype(np.float16), joint, tokenizer, 4)
+    return Corpus(
+        [Example(f"{seed}/{i}", (f"a {KINDS[i % 3]} runs",)) for i in range(count)], tokens.astype(np.float16), joint, tokenizer, 4
+    )
 
 
-def improve(run_of: Callable[..., Run], shaping: ShapingConfig, updates: int) -> tuple[float, float]:
-    """Mean reward of greedy captions of unseen pictures before and after."""
+def improve(run_of: Callable[..., Run], shaping: ShapingConfig, updates: int, sparse: Worth | None = None) -> tuple[float, float]:
+    """Mean reward of greedy captions of unseen pictures before and after; by default people name the kind."""
     rlhf = RLHFConfig(group=8, steps=2, fit=FitConfig(batch_size=12, lr=5e-3))
     run = run_of(Config(rlhf=rlhf, shaping=shaping))
     train, held_out = pictures(48, 0), pictures(24, 1)
@@ -58,14 +60,12 @@ def improve(run_of: Callable[..., Run], shaping: ShapingConfig, updates: int) ->
     torch.manual_seed(0)
     policy, reference = (DiffusionCaptionModel(9, 4, 2, 4, width=16, layers=1, heads=2, banned=banned) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
-    reward = NamesTheKind(Evidence(reference.eval(), Clip(), words), 1, 0, 0.0)
-    trainer = Trainer(run, policy, reference, reward, words, train, {"confidence": [-2.0, 1.0]})
+    reward = sparse or preference(NamesTheKind(Evidence(reference.eval(), Clip(), words), 1, 0, 0.0))
+    trainer = Trainer(run, policy, reference, reward, Clip(), words, train, {"confidence": [-2.0, 1.0]})
     plan = SamplerConfig(steps=2)
 
     def worth() -> float:
-        scores = write_captions(policy.eval(), held_out, range(24), plan, 0, reward).reward
-        assert scores is not None
-        return float(scores.mean())
+        return float(reward(held_out, range(24), write_captions(policy.eval(), held_out, range(24), plan, 0).trajectory).mean())
 
     before = worth()
     optimizer = torch.optim.Adam(policy.parameters(), lr=rlhf.fit.lr)
@@ -85,3 +85,8 @@ def test_the_sparse_reward_rises_on_unseen_pictures(run_of: Callable[..., Run]) 
 def test_the_mixed_reward_rises_too(run_of: Callable[..., Run]) -> None:
     before, after = improve(run_of, ShapingConfig(fade=0.0), 60)
     assert before < 0.3 and after > 0.8
+
+
+def test_agreement_with_references_rises_too(run_of: Callable[..., Run]) -> None:
+    before, after = improve(run_of, ShapingConfig(), 60, agreement(pictures(48, 0).examples))
+    assert after > 3 * before > 1  # CIDEr-D

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import preference
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, train_rlhf
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, steps_per_epoch
@@ -46,7 +47,7 @@ def test_a_killed_rlhf_run_resumes_to_the_same_weights(
 
     def train(resume: bool) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], Any]:
         run = run_of(world.config, resume=resume, rlhf=settings)
-        path = train_rlhf(run, world.eyes, base, world.reward(base), world.reward(), world.corpora, world.words)
+        path = train_rlhf(run, world.eyes, base, preference(world.reward(base)), preference(world.reward()), world.corpora, world.words)
         assert path == run.config.models / FILES["rlhf"]
         _, _, facts = load_denoiser(path, "rlhf")
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.log.rows("rlhf")]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import (
+    STAGES,
     Config,
     ConfigError,
     FitConfig,
@@ -53,6 +54,13 @@ def test_the_ablation_turns_one_knob():
     ablation = load_config([CONFIGS / "ablation.yaml"])
     assert differences(ablation, load_config([CONFIGS / "default.yaml"])) == {"run", "shaping.clip_weight"}
     assert (ablation.run, ablation.shaping.clip_weight) == ("ablation", 0)
+
+
+def test_references_change_the_reward_and_need_no_reward_stage():
+    plain, config = load_config([CONFIGS / "flickr8k.yaml"]), load_config([CONFIGS / "flickr8k.yaml", CONFIGS / "references.yaml"])
+    changed = differences(config, plain)
+    assert {"run", "rlhf.sparse"} < changed and all(key.split(".")[0] in ("run", "rlhf", "shaping") for key in changed)
+    assert plain.stages == STAGES and config.stages == ("alignment", "base", "rlhf")
 
 
 def test_folders_follow_from_the_run():

@@ -61,6 +61,37 @@ def best_candidates(trajectory: Trajectory, score: Tensor | None, candidates: in
     return pick(trajectory, best), score[best]
 
 
+Worth = Callable[[Corpus, Sequence[int], Trajectory], Float[Tensor, " B"]]
+"""What captions of these rows of a corpus are worth; those of one image stand together."""
+
+
+def preference(reward: RewardModel) -> Worth:
+    """How much people would like the captions, as the reward model has it."""
+
+    def worth(corpus: Corpus, rows: Sequence[int], t: Trajectory) -> Tensor:
+        device = t.x0.device
+        return reward.score(t.x0, t.length, corpus.image(rows).to(device), corpus.joint[list(rows)].to(device))
+
+    return worth
+
+
+def agreement(train: Sequence[Example], repeated: float = 0.0) -> Worth:
+    """CIDEr-D of captions with their image's own, 0 to 10; the training images' captions tell which words are rare.
+
+    A caption that says something twice loses `repeated`: CIDEr-D hardly minds.
+    """
+    idf = metrics.rarity([[metrics.tokenize(c) for c in e.captions] for e in train])
+
+    def worth(corpus: Corpus, rows: Sequence[int], t: Trajectory) -> Tensor:
+        candidates = [metrics.tokenize(text) for text in decode_rows(corpus.tokenizer, t.x0, t.length)]
+        own = [[metrics.tokenize(c) for c in corpus.examples[row].captions] for row in rows]
+        scores = metrics.cider_d(candidates, [refs for refs in own for _ in range(len(candidates) // len(own))], idf)[1]
+        scores -= repeated * np.array([metrics.repeats(c) for c in candidates])
+        return torch.from_numpy(scores).to(t.x0.device, torch.float32)
+
+    return worth
+
+
 def fit_of(alignment: Alignment, tokenizer: Tokenizer, joint: Float[Tensor, "N E"]) -> Fit:
     """CLIP's cosine of captions with their images, for a search among several captions of each."""
 

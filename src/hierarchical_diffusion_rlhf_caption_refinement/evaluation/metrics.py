@@ -44,20 +44,25 @@ def _ngrams(tokens: Tokens, n: int) -> list[Ngram]:
 # --- Agreement with references
 
 
+def rarity(references: Sequence[Sequence[Tokens]]) -> Callable[[Ngram], float]:
+    """log(images / images whose references use it) of n-grams up to four words; as if one did, where none does."""
+    frequency = Counter(g for refs in references for g in {g for ref in refs for n in range(1, 5) for g in _ngrams(ref, n)})
+    idf, unseen = {g: math.log(len(references) / count) for g, count in frequency.items()}, math.log(max(len(references), 1))
+    return lambda gram: idf.get(gram, unseen)
+
+
 def cider_d(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], idf: Callable[[Ngram], float] | None = None, sigma: float = 6.0
 ) -> tuple[float, Float[np.ndarray, " n"]]:
-    """CIDEr-D (Vedantam et al. 2015), mean and per image; document frequencies come from these references.
+    """CIDEr-D (Vedantam et al. 2015), mean and per image; `idf` is the `rarity` in these references unless given.
 
     Ten times the mean over n = 1..4 of the clipped tf-idf cosine, with a Gaussian penalty on the difference in length: 0 to 10.
-    It depends on the whole set; a single image scores 0.
+    With the set's own rarity it depends on the whole set, and a single image scores 0.
     """
-    frequency = Counter(g for refs in references for g in {g for ref in refs for n in range(1, 5) for g in _ngrams(ref, n)})
-    idf = {g: math.log(len(references) / count) for g, count in frequency.items()}
-    unseen = math.log(max(len(references), 1))
+    idf = idf or rarity(references)
 
     def vectors(tokens: Tokens) -> list[tuple[dict[Ngram, float], float]]:
-        weights = [{g: count * idf.get(g, unseen) for g, count in Counter(_ngrams(tokens, n)).items()} for n in range(1, 5)]
+        weights = [{g: count * idf(g) for g, count in Counter(_ngrams(tokens, n)).items()} for n in range(1, 5)]
         return [(w, math.sqrt(sum(v * v for v in w.values()))) for w in weights]
 
     def similarity(candidate: Tokens, reference: Tokens, own: list[tuple[dict[Ngram, float], float]]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.corpus import Corpus
 from ..data.sources import Example, load_examples
 from ..data.text import words_and_owners
-from ..evaluation.evaluate import build_corpus, with_mirrored, write_captions
+from ..evaluation.evaluate import agreement, build_corpus, preference, with_mirrored, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
@@ -26,6 +26,8 @@ from .reward_report import reward_report
 from .rlhf import train_rlhf
 from .run import Run
 
+REPEATED = 0.3
+"""CIDEr-D that a caption loses, as a reward, for saying something twice."""
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
 
@@ -79,7 +81,8 @@ class Pipeline:
         """Raises ConfigError, before hours of work, if the reward stage would have nothing to learn from."""
         data, done = self.run.config.data, (self.run.config.sources / FILES["reward"]).exists()
         path = data.ratings or data.comparisons
-        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else "rlhf" in stages and not done
+        asked = "rlhf" in stages and self.run.config.rlhf.sparse == "preference" and not done
+        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else asked
         if not to_do:
             return
         if not path and data.source != "scenes":
@@ -167,6 +170,11 @@ class Pipeline:
         reward.set_base(scores[..., 0])
 
     def rlhf(self) -> None:
-        (eyes, base), device = self.load_base(), self.run.device
-        reward, judge = (load_reward(path, self.words)[0].to(device) for path in (self.find("reward"), self.run.config.sources / JUDGE))
+        """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
+        (eyes, base), config = self.load_base(), self.run.config
+        if config.rlhf.sparse == "references":
+            reward, judge = (agreement(self.examples["train"], repeated) for repeated in (REPEATED, 0.0))
+        else:
+            paths = self.find("reward"), config.sources / JUDGE
+            reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)
         train_rlhf(self.run, eyes, base, reward, judge, self.corpora, self.words)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..data.corpus import Corpus
 from ..data.streams import batch_indices, share
-from ..evaluation.evaluate import gold_of, text_statistics, write_captions
+from ..evaluation.evaluate import Worth, gold_of, text_statistics, write_captions
 from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential, text_scores
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import HIDDEN
-from ..models.reward import RewardModel, Words
+from ..models.reward import Words
 from ..models.sampler import Score, Trajectory, noise_for, sample, score
 from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
 from ..models.shaping import (
@@ -147,7 +147,8 @@ class Trainer:
     run: Run
     policy: DiffusionCaptionModel
     reference: DiffusionCaptionModel
-    reward: RewardModel
+    reward: Worth
+    alignment: Alignment
     words: Words
     corpus: Corpus
     extra: dict[str, Any]
@@ -196,10 +197,11 @@ class Trainer:
         config, group, shaping = self.config.rlhf, self.config.rlhf.group, self.config.shaping
         drafts = shaping.dense == "step_potential" and shaping.clip_weight > 0
         with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1; rewards stay exact
-            t, image, joint = self.sample(self.policy, self.rows(index), self.corpus, ("rollout", index), drafts)
+            rows = self.rows(index)
+            t, image, joint = self.sample(self.policy, rows, self.corpus, ("rollout", index), drafts)
             learned = t if config.logprob == "trajectory" else self.mean_field(t, image)
             base = score(self.reference, t.x0, learned.step, t.length, image, config.temperature)
-        sparse = self.reward.score(t.x0, t.length, image, joint)
+        sparse = self.reward(self.corpus, rows, t)
         dense = self.dense(t, joint.repeat_interleave(group, 0))
         shaper = HierarchicalRewardShaper(shaping)
         scales = self.update_scales(*shaper.squares(dense, sparse, t.step, group))
@@ -211,7 +213,7 @@ class Trainer:
         anchor = None
         if config.anchor:
             g = generator(self.config.seed, "anchor", index)
-            anchor = caption_batch(self.corpus, self.rows(index), slice(None), self.config.base, g)
+            anchor = caption_batch(self.corpus, rows, slice(None), self.config.base, g)
         return Rollout(
             t.x0, learned.step, t.length, image, learned.logp, t.length_logp, shaped.advantage, shaped.length,
             base.distribution, base.length_distribution, anchor, rollout_facts(t, dense, sparse, shaped, group),
@@ -227,7 +229,7 @@ class Trainer:
         if config.shaping.clip_weight == 0:  # the ablation does not even look
             none = torch.zeros_like(t.logp)
             return Dense(none, none.new_zeros(len(none), config.rlhf.steps), none.bool())
-        return dense_reward(self.reward.evidence.alignment, self.words, t, joint, config.shaping, config.rlhf.steps)
+        return dense_reward(self.alignment, self.words, t, joint, config.shaping, config.rlhf.steps)
 
     def update_scales(self, dense: Tensor, sparse: Tensor) -> Scales:
         """Running mean squares over rollouts and processes."""
@@ -309,16 +311,14 @@ def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows:
 
 
 @torch.no_grad()
-def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, judge: RewardModel) -> dict[str, float]:
+def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, judge: Worth) -> dict[str, float]:
     """Proxy, judge and (for scenes) gold of greedy captions of held-out images, with the text statistics that guard against hacking,
     and KL and entropy of the rollout policy there."""
-    config, device = trainer.config, trainer.run.device
+    config = trainer.config
     rows = list(range(len(corpus)))
-    written = write_captions(policy, corpus, rows, config.sampler.plain, config.seed, trainer.reward)
-    t = written.trajectory
-    assert written.reward is not None
-    judged = judge.score(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint.to(device))
-    facts = {"reward": float(written.reward.mean()), "judge": float(judged.mean())} | drift(trainer, policy, corpus, rows[:DRIFT_IMAGES])
+    written = write_captions(policy, corpus, rows, replace(config.sampler.plain, candidates=1), config.seed)
+    worth = {name: float(of(corpus, rows, written.trajectory).mean()) for name, of in {"reward": trainer.reward, "judge": judge}.items()}
+    facts = worth | drift(trainer, policy, corpus, rows[:DRIFT_IMAGES])
     gold = gold_of(corpus.examples)
     truth = {f"gold_{name}": value for name, value in gold(written.texts).items()} if gold else {}
     loss = {"loss": validation_loss(policy, corpus, config.base, config.seed)}
@@ -326,16 +326,17 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
 
 
 def train_rlhf(
-    run: Run, eyes: Eyes, base: DiffusionCaptionModel, reward: RewardModel, judge: RewardModel, corpora: dict[str, Corpus], words: Words
+    run: Run, eyes: Eyes, base: DiffusionCaptionModel, reward: Worth, judge: Worth, corpora: dict[str, Corpus], words: Words
 ) -> Path:
     """Writes best_rlhf_model.pt: the weights that the held-out judge, never used as reward, likes best, of those that raise no alarm; the
     base model is the first of them."""
     config, path = run.config, run.config.models / FILES["rlhf"]
     policy, reference = build_denoiser(eyes), base.to(run.device).eval().requires_grad_(False)
     policy.load_state_dict(base.state_dict())
+    alignment = eyes.alignment.to(run.device) if isinstance(eyes.alignment, nn.Module) else eyes.alignment
     extra: dict[str, Any] = {"kl_weight": config.rlhf.kl, "over": []}
     state = run.state("rlhf", policy, config.rlhf.fit, extra)
-    trainer = Trainer(run, policy, reference, reward, words, corpora["train"], state.extra)
+    trainer = Trainer(run, policy, reference, reward, alignment, words, corpora["train"], state.extra)
     if "base" not in state.extra:
         sampled, _, _ = trainer.sample(reference, list(range(min(len(corpora["val"]), 128))), corpora["val"], "confidence")
         odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])

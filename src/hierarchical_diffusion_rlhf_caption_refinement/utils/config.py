@@ -248,7 +248,7 @@ class ShapingConfig:
     clip_weight: float = 0.5
     """Weight of the dense CLIP reward; 0 is the sparse-only ablation."""
     preference_weight: float = 0.5
-    """Weight of the sparse preference reward."""
+    """Weight of the sparse reward."""
     fade: float = 1.6
     """Share of the training over which alpha falls to 0, in a straight line: 1.6 leaves three eighths of it; 0 keeps it up to the end."""
     kappa: float = 0.0
@@ -275,6 +275,8 @@ class ShapingConfig:
 
 @dataclass(frozen=True)
 class RLHFConfig:
+    sparse: Literal["preference", "references"] = "preference"
+    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with the image's own captions (no reward stage)."""
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
@@ -333,6 +335,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """A whole run's: references as reward ask for no reward model."""
+        return tuple(stage for stage in STAGES if stage != "reward" or self.rlhf.sparse == "preference")
 
     @property
     def models(self) -> Path:
