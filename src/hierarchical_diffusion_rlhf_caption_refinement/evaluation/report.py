@@ -52,7 +52,7 @@ PANELS: dict[str, tuple[str, str, dict[str, str]]] = {
     "base_cider": ("Base model: agreement with references", "CIDEr-D, held out", {"val_cider_d": "held out"}),
     "reward_loss": ("Reward model: loss", "nats per comparison, held out", {"val_loss": "held out"}),
     "reward_accuracy": ("Reward model: accuracy", "share of comparisons", {"accuracy": "training", "val_accuracy": "held out"}),
-    "rlhf_reward": ("Refinement: reward", "standard deviations of the base", {
+    "rlhf_reward": ("Refinement: reward", "standard deviations of the base, or CIDEr-D", {
         "reward": "sampled, training images", "val_reward": "held out", "val_judge": "held out, judge"}),
     "rlhf_gold": ("Refinement: hidden quality", "share, held out", GOLD),
     "rlhf_kl": ("Refinement: KL from the base model", "nats per caption", {"kl": "training images", "val_kl": "held out"}),
@@ -220,8 +220,8 @@ def overoptimisation(folder: Path, rows: list[Row]) -> str:
     panels = figure.subplots(1 + gold, 1, sharex=True, squeeze=False)[:, 0]
     for axes in panels:
         axes.axvline(distance(kept), color=GREY, linestyle="--", linewidth=1, label="kept weights")
-    draw_lines(panels[0], found, {"val_reward": "reward model", "val_judge": "judge, never rewarded"}, distance)
-    panels[0].set(title="Proxy: what training can see", ylabel="standard deviations of the base")
+    draw_lines(panels[0], found, {"val_reward": "reward", "val_judge": "judge, never rewarded"}, distance)
+    panels[0].set(title="Proxy: what training can see", ylabel="standard deviations of the base, or CIDEr-D")
     if gold:
         panels[1].set_prop_cycle(color=[GREEN])
         draw_lines(panels[1], found, {"val_gold_utility": "hidden utility"}, distance)
