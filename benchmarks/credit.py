@@ -112,7 +112,7 @@ def compare(trainer: Trainer, rollouts: int) -> dict[str, dict[str, float]]:
 
     def row(weights: dict[str, float]) -> dict[str, float]:
         w = torch.tensor([weights.get(name, 0.0) for name in names])
-        return cosines(torch.einsum("k,knd->nd", w, each), each[names.index("gold")], float(w @ gram @ w))
+        return cosines(torch.einsum("k,kbd->bd", w, each), each[names.index("gold")], float(w @ gram @ w))
 
     found = {name: row({name: 1.0}) for name in names}
     for name in names[2:]:
