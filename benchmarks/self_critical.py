@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="the weights to refine")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     torch.set_num_threads(config.threads or 1)
     eyes = with_config(load_eyes(config.sources / FILES["alignment"])[0], config)

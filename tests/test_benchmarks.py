@@ -17,6 +17,7 @@ SMOKE = ROOT / "configs/smoke.yaml"
 def bench(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A benchmark, run as a program where the smoke run's models lie."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where Python looks when it runs one
     Path("models").symlink_to(smoke / "models")
     shutil.copytree(smoke / "cache", "cache")
 
@@ -58,6 +59,7 @@ def test_commands_are_as_documented(bench, line, monkeypatch):
         bench(*line.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", ["reveal", "bidirectional", "autoregressive"])
 def test_peers_learn_and_are_judged(bench, peer):
     bench("peers.py", "--config", SMOKE, "--peer", peer, "--minutes", "0.02", "--output", "found.json")
@@ -67,6 +69,7 @@ def test_peers_learn_and_are_judged(bench, peer):
     assert ("greedy" in found["test"]) == (peer == "autoregressive")
 
 
+@pytest.mark.slow
 def test_repairs_are_measured(bench):
     bench("repair.py", "scenes", "models/smoke", "--most", "3", "--output", "found.json")
     found = json.loads(Path("found.json").read_text())["scenes"]

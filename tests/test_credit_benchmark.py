@@ -33,6 +33,7 @@ def test_noise_does_not_count_as_length_of_the_mean_and_does_of_an_update(bench:
     assert math.isnan(bench.cosines(torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1), 1.0)["of the mean"])
 
 
+@pytest.mark.slow
 def test_the_credit_of_a_finished_run(bench: Any, smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     models = str(smoke / "models" / "smoke")

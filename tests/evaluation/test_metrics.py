@@ -152,6 +152,7 @@ def test_intervals_of_a_set_measure_come_from_resampled_images() -> None:
     assert (ratio.value, ratio.high - ratio.low) == (plain.value, pytest.approx(plain.high - plain.low, rel=0.1))
 
 
+@pytest.mark.slow
 def test_meteor_is_there_with_java_and_silently_absent_without(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = [["a", "dog", "runs"], ["a", "man", "sits"]]
     references = [[["a", "dog", "runs"]], [["two", "cats", "sleep"]]]
