@@ -117,7 +117,7 @@ def main() -> None:
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
     model = build("autoregressive", eyes).eval()
     assert isinstance(model, Autoregressive)
-    model.load_state_dict(torch.load(args.start))
+    model.load_state_dict(torch.load(args.start, weights_only=True))
 
     def test() -> dict[str, dict[str, float]]:
         decodings = {name: plan for name, plan in plans("autoregressive", config).items() if name in ("greedy", "25 beams, CLIP")}

@@ -407,7 +407,7 @@ def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, m
     best = 0 if alarmed else judged.index(max(judged))
     assert len(rows) == 4 and facts["row"]["epoch"] == best
     other = run_of(run.config, shaping=ShapingConfig(clip_weight=0.0), resume=True)
-    with pytest.raises(CheckpointError, match=r"last_rlhf\.pt: was trained with other settings of shaping; remove it to start over"):
+    with pytest.raises(CheckpointError, match=r"last_rlhf\.pt: was trained with shaping\.clip_weight=0\.5, now it is 0\.0; remove it"):
         train_rlhf(other, replace(world.eyes, config=other.config), base, reward, reward, world.corpora, world.words)
     same = all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), base.cpu().state_dict().values(), strict=True))
     assert same == (best == 0)

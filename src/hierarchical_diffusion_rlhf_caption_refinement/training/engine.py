@@ -152,9 +152,9 @@ def _improves(record: float | None, row: Row, better: Better) -> bool:
 def _hold_to_plan(state: TrainState, plan: dict[str, Any], last: Path | None) -> None:
     """Raises CheckpointError if the state was trained with other settings: it could not go on as it began."""
     for name, value in plan.items():
-        if name != "save_every" and state.plan.get(name, value) != value:
+        if name != "save_every" and state.plan and state.plan.get(name) != value:
             raise CheckpointError(
-                f"{last or 'this state'}: was trained with {name}={state.plan[name]}, now it is {value}; remove it to start over"
+                f"{last or 'this state'}: was trained with {name}={state.plan.get(name)}, now it is {value}; remove it to start over"
             )
     state.plan = plan
 
@@ -175,18 +175,20 @@ def fit(
     log: Log | None = None,
     last: Path | None = None,
     boundary: int = 1,
+    held: dict[str, Any] | None = None,
 ) -> TrainState:
     """Train `state.model` in place from `state.step` to the end of `cfg.epochs`, or to a reason to stop; returns at once if it is done.
 
-    `accelerator` keeps its own gradient accumulation at 1. `evaluate` sees the averaged weights after each epoch (`val_...` in the row),
-    `better` decides on `best`, which keeps them, and on `cfg.patience`; `stop` may end training after any update and may change
-    `state.extra`. `last` is the resumable checkpoint, only ever written between updates, and at multiples of `boundary`: the updates per
-    rollout. Raises NonFiniteError, CheckpointError, and after Ctrl-C or SIGTERM Interrupted.
+    `accelerator` keeps its own gradient accumulation at 1. `evaluate` sees the averaged weights after each epoch (`val_...` in the
+    row), `better` decides on `best`, which keeps them, and on `cfg.patience`; `stop` may end training after any update and may change
+    `state.extra`. `last` is the resumable checkpoint, only ever written between updates, and at multiples of `boundary`: the updates
+    per rollout. `held`: other settings that must stay the same when training goes on. Raises NonFiniteError, CheckpointError, and after
+    Ctrl-C or SIGTERM Interrupted.
     """
     if cfg.save_every % boundary or steps_per_epoch % boundary:
         wrong = f"fit.save_every={cfg.save_every} and the {steps_per_epoch} updates per epoch"
         raise ValueError(f"{wrong} must be multiples of the {boundary} updates per rollout")
-    _hold_to_plan(state, {"seed": seed, "steps_per_epoch": steps_per_epoch} | dataclasses.asdict(cfg), last)
+    _hold_to_plan(state, {"seed": seed, "steps_per_epoch": steps_per_epoch} | dataclasses.asdict(cfg) | (held or {}), last)
     if state.done:
         return state
     run = _Fit(objective, cfg, steps_per_epoch, accelerator, seed, evaluate, better, best, stop, log)

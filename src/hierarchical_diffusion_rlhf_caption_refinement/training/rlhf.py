@@ -33,7 +33,6 @@ from ..models.shaping import (
     dense_from_potential,
     dense_from_words,
 )
-from ..utils.checkpoint import CheckpointError
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, validation_loss
@@ -342,16 +341,12 @@ def train_rlhf(
         odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])
         state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
-        state.extra["shaping"] = asdict(config.shaping)
         state.best = state.extra["base"]["judge"]
         if run.main:
             row = {"step": 0, "epoch": 0} | {f"val_{k}": v for k, v in state.extra["base"].items()}
             run.log.rewind("rlhf", -1)
             run.log.write("rlhf", row)
             save_denoiser(path, "rlhf", eyes, policy, {"row": row})
-
-    if state.extra.get("shaping") != asdict(config.shaping):
-        raise CheckpointError(f"{run.last('rlhf')}: was trained with other settings of shaping; remove it to start over")
 
     def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss, facts = policy_loss(model, rollout, config.rlhf, state.extra["kl_weight"], policy.allowed)
@@ -369,5 +364,6 @@ def train_rlhf(
     run.fit(
         "rlhf", state, config.rlhf.fit, count, trainer.rollouts, objective, evaluate=evaluate,
         better=("val_judge_unalarmed", "max"), best=best, stop=kl_guard(config.rlhf, state.extra), boundary=inner,
+        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()},
     )  # fmt: skip
     return path

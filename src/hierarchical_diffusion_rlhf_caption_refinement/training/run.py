@@ -67,6 +67,7 @@ class Run:
         best: Callable[[nn.Module, Row], None],
         stop: Stop | None = None,
         boundary: int = 1,
+        held: dict[str, Any] | None = None,
     ) -> TrainState:
         """Train through the engine, with this stage's progress, log and resumable checkpoint."""
         steps = steps_per_epoch(cfg, count, boundary)
@@ -86,6 +87,7 @@ class Run:
                 log=log,
                 last=self.last(stage),
                 boundary=boundary,
+                held=held,
             )
 
 
