@@ -23,7 +23,7 @@ from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner, ObedienceError, Wishes
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.inputs import find_items
-from hierarchical_diffusion_rlhf_caption_refinement.outputs import beside, joined, whole
+from hierarchical_diffusion_rlhf_caption_refinement.outputs import beside, joined, make_output, whole
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "predict.py"
@@ -380,3 +380,9 @@ def test_disobedience_is_an_error_of_its_image(smoke):
     with pytest.raises(ObedienceError, match="no caption was found that obeys"):
         only = tuple(w for w in every if w != "red")
         captioner(picture, wishes=Wishes(ban=(*only, "red red"), min_words=3))
+
+
+def test_a_missing_extra_is_told_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"^o\.parquet: parquet needs pyarrow: pip install"):
+        make_output(Path("o.parquet"), None, "skip", ".txt", False)

@@ -44,6 +44,8 @@ class Output:
             raise ConfigError(f"--ext {self.ext}: expected a suffix such as .txt that is not an image's")
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
+        if self.format == "parquet" and self.path:
+            load_pyarrow(self.path)  # what is missing is said before the work, not after it
 
     @property
     def fields(self) -> tuple[str, ...]:
