@@ -48,6 +48,9 @@ def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path
 
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")}
     assert ablate(command) == 0 and {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")} == before
+    grid.write_text(GRID.replace("rlhf.fit.epochs: 1", "rlhf.fit.epochs: 1, shaping.fade: 0.7"))  # as a new default would do
+    assert [job.name for job in to_do(read_grid(grid).jobs(), "few/*/0", Path("out"))] == ["few/sparse_only/0", "few/one_member/0"]
+    grid.write_text(GRID)
     capsys.readouterr()
     assert ablate([str(grid), "--output", "out", "--report-only"]) == 0
     assert capsys.readouterr().out.strip().endswith("out/README.md") and "| one member | 1 |" in Path("out/README.md").read_text()

@@ -50,8 +50,8 @@ def test_configs_are_found_by_name_and_files_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("default", "default.yaml", "configs/default.yaml"):
         assert cli.find_config(name).samefile(ROOT / "configs/default.yaml")
-    for name in ("ablations/few", "configs/ablations/few.yaml"):
-        assert cli.find_config(name).samefile(ROOT / "configs/ablations/few.yaml")
+    for name in ("ablations/arms", "configs/ablations/arms.yaml"):
+        assert cli.find_config(name).samefile(ROOT / "configs/ablations/arms.yaml")
     assert cli.find_config("elsewhere/default.yaml") == Path("elsewhere/default.yaml")
     Path("default").write_text("seed: 3\n")
     assert cli.find_config("default") == Path("default")
@@ -84,7 +84,7 @@ def test_a_wheel_brings_command_and_configs(installed, tmp_path):
     assert caprefine(installed, tmp_path, "--version").stdout == "caprefine 0.1.0\n"
     shipped = installed / "hierarchical_diffusion_rlhf_caption_refinement/configs"
     ours, theirs = ({p.relative_to(folder): p.read_text() for p in folder.rglob("*.yaml")} for folder in (ROOT / "configs", shipped))
-    assert ours == theirs and Path("ablations/few.yaml") in ours
+    assert ours == theirs and Path("ablations/arms.yaml") in ours
     for config, error in {
         "flickr8k": "error: ../shared/flickr8k/human_ratings.jsonl: no such file; "
         "the reward stage would learn from it, --stage base does without",

@@ -12,14 +12,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .utils.command import find_config, guarded, refuse
-from .utils.config import ConfigError
+from .utils.config import ConfigError, flat, to_plain
 from .utils.grid import Grid, Job, read_grid
 from .utils.runlog import write_json
 
 
 def ablate_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.")
-    parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/few.yaml")
+    parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/arms.yaml")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="regime/arm/seed, e.g. 'few/*/0'; what they need is done, too")
@@ -64,10 +64,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def done(job: Job, output: Path) -> bool:
-    """Whether an arm has its record, or a shared stage its time."""
+    """Whether an arm has its record, made with what is configured now, or a shared stage its time."""
     path = output / f"{job.name}.json" if job.arm else job.results / "stages.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return bool(found) and "error" not in found if job.arm else set(job.stages) <= found.keys()
+    if not job.arm:
+        return set(job.stages) <= found.keys()
+    return bool(found) and "error" not in found and found.get("config", {}).items() <= flat(to_plain(job.config)).items()
 
 
 def to_do(jobs: Sequence[Job], pattern: str, output: Path) -> list[Job]:

@@ -100,15 +100,25 @@ def test_worth_is_the_rewards_score_or_cider_d_by_the_training_captions(corpus: 
     assert written.reward is not None
     torch.testing.assert_close(preference(reward)(corpus, rows, written.trajectory), written.reward)
 
-    train = [Example("x", ("a fast dog", "a red dog runs")), Example("y", ("a red dog",)), Example("z", ("dog runs",))]
+    said = [Example("x", ("a fast dog", "a red dog runs")), Example("image 3", ("a red dog",)), Example("z", ("dog runs",))]
+    train = replace(corpus, examples=said, joint=torch.eye(3, 4))
+    corpus.joint[[5, 2]] = torch.tensor([[0.0, 0.1, 1.0, 0.0], [1.0, 0.1, 0.0, 0.0]])
+    corpus.joint[3] = torch.tensor([0.0, 1.0, 0.2, 0.0])  # most like itself, which does not count
     corpus.examples[2] = Example("image 2", ("A dog runs fast.", "a fast dog"))
     found = agreement(train)(corpus, rows, written.trajectory)
-    idf = metrics.rarity([[metrics.tokenize(c) for c in e.captions] for e in train])
-    references = [[metrics.tokenize(c) for c in corpus.examples[row].captions] for row in rows for _ in range(2)]
-    expected = metrics.cider_d([text.split() for text in written.texts], references, idf)[1]
-    torch.testing.assert_close(found, torch.tensor(expected).float())
+
+    def cider(references: list[Example]) -> Tensor:
+        refs = [[metrics.tokenize(c) for c in example.captions] for example in references for _ in range(2)]
+        idf = metrics.rarity([[metrics.tokenize(c) for c in e.captions] for e in said])
+        return torch.tensor(metrics.cider_d([text.split() for text in written.texts], refs, idf)[1]).float()
+
+    own = cider([corpus.examples[row] for row in rows])
+    torch.testing.assert_close(found, own)
     assert found.max() > 0.5 and len(set(found.tolist())) > 2
-    loss = found - agreement(train, 0.3)(corpus, rows, written.trajectory)
+    torch.testing.assert_close(
+        agreement(train, neighbours=1)(corpus, rows, written.trajectory), 0.25 * own + 0.75 * cider([said[2], said[0], said[2]])
+    )
+    loss = found - agreement(train, repeated=0.3)(corpus, rows, written.trajectory)
     again = [metrics.repeats(text.split()) for text in written.texts]
     torch.testing.assert_close(loss, 0.3 * torch.tensor(again).float())
     assert 0 < sum(again) < len(again)

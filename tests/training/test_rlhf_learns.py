@@ -88,5 +88,5 @@ def test_the_mixed_reward_rises_too(run_of: Callable[..., Run]) -> None:
 
 
 def test_agreement_with_references_rises_too(run_of: Callable[..., Run]) -> None:
-    before, after = improve(run_of, ShapingConfig(), 60, agreement(pictures(48, 0).examples))
+    before, after = improve(run_of, ShapingConfig(), 60, agreement(pictures(48, 0)))
     assert after > 3 * before > 1  # CIDEr-D

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -61,13 +62,14 @@ def cider_d(
     """
     idf = idf or rarity(references)
 
-    def vectors(tokens: Tokens) -> list[tuple[dict[Ngram, float], float]]:
+    @cache  # many captions may share their references
+    def vectors(tokens: tuple[str, ...]) -> list[tuple[dict[Ngram, float], float]]:
         weights = [{g: count * idf(g) for g, count in Counter(_ngrams(tokens, n)).items()} for n in range(1, 5)]
         return [(w, math.sqrt(sum(v * v for v in w.values()))) for w in weights]
 
     def similarity(candidate: Tokens, reference: Tokens, own: list[tuple[dict[Ngram, float], float]]) -> float:
         total = 0.0
-        for (a, norm_a), (b, norm_b) in zip(own, vectors(reference), strict=True):
+        for (a, norm_a), (b, norm_b) in zip(own, vectors(tuple(reference)), strict=True):
             shared = sum(min(value, b[g]) * b[g] for g, value in a.items() if g in b)
             total += shared / (norm_a * norm_b) if shared else 0.0
         # lengths are counted in bigrams, as the reference code does
@@ -75,7 +77,7 @@ def cider_d(
         return total / 4 * math.exp(-(delta**2) / (2 * sigma**2))
 
     def score(candidate: Tokens, refs: Sequence[Tokens]) -> float:
-        own = vectors(candidate)
+        own = vectors(tuple(candidate))
         return 10 * sum(similarity(candidate, ref, own) for ref in refs) / len(refs)
 
     scores = np.array([score(c, refs) for c, refs in zip(candidates, references, strict=True)])

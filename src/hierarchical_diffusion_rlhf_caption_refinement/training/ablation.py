@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ..evaluation.summary import evaluate_checkpoint, win_rate
 from ..models.saved import FILES
+from ..utils.config import flat, to_plain
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog, write_json
 from ..utils.seeding import set_threads
@@ -73,5 +74,5 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
         "captions_per_update": config.rlhf.fit.batch_size * config.rlhf.group,
         "seconds": seconds, "rows": rows, "reward_accuracy": accuracy, "test": means, "test_reward": refined.metrics["reward"]["value"],
         "win_rate": win_rate(refined, base), "base_utility": base.gold["utility"].round(4).tolist(),
-        "utility": refined.gold["utility"].round(4).tolist(),
+        "utility": refined.gold["utility"].round(4).tolist(), "config": flat(to_plain(config)),
     }  # fmt: skip

@@ -173,7 +173,8 @@ class Pipeline:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         (eyes, base), config = self.load_base(), self.run.config
         if config.rlhf.sparse == "references":
-            reward, judge = (agreement(self.examples["train"], repeated) for repeated in (REPEATED, 0.0))
+            train = self.corpora["train"]
+            reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
             paths = self.find("reward"), config.sources / JUDGE
             reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)

@@ -276,7 +276,9 @@ class ShapingConfig:
 @dataclass(frozen=True)
 class RLHFConfig:
     sparse: Literal["preference", "references"] = "preference"
-    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with the image's own captions (no reward stage)."""
+    """The sparse reward: the reward model of people's comparisons, or CIDEr-D with people's captions (no reward stage)."""
+    neighbours: int = 20
+    """With references: training images most like the image, whose captions count for three quarters; 0: the image's own alone."""
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
@@ -307,6 +309,7 @@ class RLHFConfig:
             self.order != "confidence",
             "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
         )
+        _require(self.neighbours >= 0, "rlhf.neighbours must not be negative")
         _require(self.temperature > 0, "rlhf.temperature must be positive: a greedy policy does not explore")
         _require(min(self.inner_updates, self.fit.grad_accum) == 1, "rlhf.inner_updates > 1 does not go with rlhf.fit.grad_accum > 1")
         _require(self.fit.save_every % self.inner_updates == 0, "rlhf.fit.save_every must be a multiple of rlhf.inner_updates")
@@ -449,6 +452,15 @@ def config_from_plain(tree: dict[str, Any]) -> Config:
 def to_plain(config: Config) -> dict[str, Any]:
     """Nested dict of plain values, for checkpoints, JSON and YAML."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`key.sub: value` of what `to_plain` made, as JSON keeps it."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: plain}
+    return found
 
 
 def to_yaml(config: Config) -> str:
