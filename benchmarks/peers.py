@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -181,9 +182,11 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
 
 
 def reveal_plans() -> dict[str, SamplerConfig]:
-    search = {f"5 beams, 5 lengths{', CLIP' if clip else ''}": clip for clip in (0.0, 3.0)}
+    wide = SamplerConfig(order="left_to_right", beams=5, lengths=5)
     return {f"spread, {k} steps": SamplerConfig(steps=k) for k in (4, 8)} | {
-        name: SamplerConfig(order="left_to_right", beams=5, lengths=5, clip=clip) for name, clip in search.items()
+        f"5 beams, 5 lengths{', CLIP' if clip else ''}{', read both ways' if both else ''}": replace(wide, clip=clip, both_ways=both)
+        for clip in (0.0, 3.0)
+        for both in (False, True)
     }
 
 

@@ -2,7 +2,8 @@
 
 The baseline is the mean of the image's captions, which Luo (2020) found better than its greedy caption. Images, captions drawn of each,
 learning rate, averaging of the weights and the choice among them on validation photographs are those of `rlhf.sparse=references`, and so is
-the reward: repetitions cost, and CLIP's score of the caption is mixed in with `shaping.clip_weight`. There is no KL.
+the reward: similar images' captions count, repetitions cost, and CLIP's score of the caption is mixed in with `shaping.clip_weight`. There
+is no KL.
 
     python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output refined.json
 
@@ -20,11 +21,10 @@ from torch import Tensor
 from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, fit_of
-from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import cider_d, rarity, repeats, tokenize
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import agreement, build_corpus, fit_of
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
+from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_eyes, with_config
 from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import centre
 from hierarchical_diffusion_rlhf_caption_refinement.training.engine import lr_at
@@ -69,8 +69,7 @@ def advantage(cider: Tensor, clip: Tensor, weight: float, group: int) -> Tensor:
 def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, alignment: Alignment) -> list[dict]:
     """Leaves the averaged weights with the best validation CIDEr-D in the model; a row per epoch."""
     settings, fit, train = config.rlhf, config.rlhf.fit, corpora["train"]
-    references = [[tokenize(c) for c in e.captions] for e in train.examples]
-    idf, optimizer = rarity(references), make_optimizer(model, fit)
+    sparse, optimizer = agreement(train, settings.neighbours, REPEATED), make_optimizer(model, fit)
     ema, best = ({k: v.clone() for k, v in model.state_dict().items()} for _ in range(2))
     each = steps_per_epoch(fit, len(train))
     curve = [{"step": 0} | judge(model, corpora["val"], SamplerConfig(), alignment)]
@@ -82,9 +81,7 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
             x0 = draw(model, image, settings.group, settings.temperature)
             logp = log_likelihood(model, x0, image, settings.temperature)
         length = (x0 != END).sum(1)
-        said = [tokenize(text) for text in decode_rows(train.tokenizer, x0, length)]
-        reward = torch.from_numpy(cider_d(said, [references[row] for row in rows for _ in range(settings.group)], idf)[1]).float()
-        reward -= REPEATED * torch.tensor([float(repeats(caption)) for caption in said])
+        reward = sparse(train, rows, Trajectory(x0, x0, length, logp.detach(), logp.detach(), length, None))  # read: words and lengths
         worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
         loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()

@@ -267,6 +267,7 @@ def test_unknown_words_come_with_near_ones(predict, pictures, capsys):
         (["a.png", "--image-column", "photo"], "--image-column is for tables"),
         (["a.png", "--existing", "append", "--output", "x.csv"], "--existing is for text files: --format txt"),
         (["a.png", "--ext", ".cap"], "--ext is for text files: --format txt"),
+        (["--refine", "t.csv", "--ext", ".cap"], "--ext is for text files: --format txt"),
     ],
 )
 def test_what_would_be_ignored_is_refused(predict, capsys, arguments, line):

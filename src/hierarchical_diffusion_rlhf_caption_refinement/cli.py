@@ -285,7 +285,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     refuse_ignored(parser, args, settings)
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
-        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0}
+        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0, "both_ways": False}
     args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
         f"sampler.{text}" for text in settings
     ]
@@ -308,7 +308,8 @@ def refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace, se
     if not any(Path(text).suffix.lower() in TABLES for text in (*args.images, args.refine or "")):
         refuse(parser, args, "image_column caption_column", f"is for tables: {' '.join(TABLES)}")
     if args.format != "txt":
-        refuse(parser, args, "existing sidecar_name" + ("" if args.refine else " ext"), "is for text files: --format txt")
+        reads_text = bool(args.refine) and Path(args.refine).is_dir()
+        refuse(parser, args, "existing sidecar_name" + ("" if reads_text else " ext"), "is for text files: --format txt")
 
 
 def shard_of(text: str | None) -> tuple[int, int]:

@@ -22,9 +22,9 @@ def all_captions(longest: int) -> list[list[int]]:
     return [list(words) for n in range(1, longest + 1) for words in product(range(2, 7), repeat=n)]
 
 
-def per_token(model: DiffusionCaptionModel, captions: list[list[int]], image: torch.Tensor) -> torch.Tensor:
+def per_token(model: DiffusionCaptionModel, captions: list[list[int]], image: torch.Tensor, from_right: bool = False) -> torch.Tensor:
     x0 = torch.tensor([row + [0] * (model.max_length - len(row)) for row in captions])
-    return likelihood(model, x0, torch.tensor(list(map(len, captions))), image, chunk=512)
+    return likelihood(model, x0, torch.tensor(list(map(len, captions))), image, from_right, chunk=512)
 
 
 def test_a_beam_that_holds_everything_finds_the_likeliest_of_all_captions(toy: Toy):
@@ -33,6 +33,16 @@ def test_a_beam_that_holds_everything_finds_the_likeliest_of_all_captions(toy: T
     every = all_captions(3)
     for image, x0, n in zip(images, found.x0.tolist(), found.length.tolist(), strict=True):
         assert x0[:n] == every[int(per_token(model, every, image[None]).argmax())]
+
+
+def test_reading_both_ways_finds_the_likeliest_by_the_mean_of_the_readings(toy: Toy):
+    model, images = toy(max_length=3, seed=3), 4 * torch.randn(12, 3, 4)
+    found, one_way = (beam_search(model, images, wide(beams=125, lengths=3, both_ways=both)) for both in (True, False))
+    every = all_captions(3)
+    for image, x0, n in zip(images, found.x0.tolist(), found.length.tolist(), strict=True):
+        both = per_token(model, every, image[None]) + per_token(model, every, image[None], from_right=True)
+        assert x0[:n] == every[int(both.argmax())]
+    assert not found.x0.equal(one_way.x0)
 
 
 def test_one_beam_is_greedy_decoding_of_the_likeliest_length(toy: Toy):

@@ -296,13 +296,16 @@ def test_given_words_may_be_banned_ones(toy: Toy) -> None:
     assert t.x0[0, [0, 2]].tolist() == [3, 3] and t.x0[0, 1] != 3
 
 
-def test_likelihood_is_the_score_from_the_left_per_token(toy: Toy) -> None:
+@pytest.mark.parametrize("from_right", [False, True])
+def test_likelihood_is_the_score_from_one_end_per_token(toy: Toy, from_right: bool) -> None:
     model, image = toy(), torch.randn(1, 3, 4)
     x0, length = torch.randint(2, 5, (7, model.max_length)), torch.tensor([1, 2, 3, 4, 5, 5, 2])
-    step = torch.where(valid_positions(length, model.max_length), torch.arange(1, model.max_length + 1), HIDDEN)
-    s = score(model, x0, step, length, image)
+    place = torch.arange(1, model.max_length + 1)
+    if from_right:
+        place = torch.tensor([[n - i for i in range(model.max_length)] for n in length.tolist()])
+    s = score(model, x0, torch.where(valid_positions(length, model.max_length), place, HIDDEN), length, image)
     expected = (s.logp.sum(1) + s.length_logp) / (length + 1)
-    torch.testing.assert_close(likelihood(model, x0, length, image, chunk=3), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(likelihood(model, x0, length, image, from_right, chunk=3), expected, atol=1e-5, rtol=0)
 
 
 def test_a_complete_draft_is_returned_as_it_is(toy: Toy) -> None:

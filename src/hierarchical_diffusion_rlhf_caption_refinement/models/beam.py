@@ -12,7 +12,7 @@ from torch import Tensor
 from ..utils.config import SamplerConfig
 from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
 from .diffusion import HIDDEN, valid_positions
-from .sampler import Noise, Trajectory, denoise, policy_logp, score
+from .sampler import Noise, Trajectory, denoise, likelihood, policy_logp, score
 
 Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
 """Ids and lengths -> how well each caption fits its image."""
@@ -46,7 +46,8 @@ def beam_search(
 ) -> Trajectory:
     """One caption per image: the best of `plan.beams` for each of the `plan.lengths` likeliest lengths.
 
-    Best is nats per token, the length counted as one, plus `plan.clip` times `fit`.
+    Best is nats per token, the length counted as one, plus `plan.clip` times `fit`. With `plan.both_ways` nats are the mean of two
+    readings, from the left and from the right: captions found by one reading are those that it overrates.
     """
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
@@ -69,6 +70,9 @@ def beam_search(
         x0[:, t] = (reached.indices % logp.shape[1]).flatten()
         new = ask
     worth = (total + length_logp) / (length + 1)
+    if plan.both_ways:
+        own = zip(x0.split(len(x0) // n), length.split(len(x0) // n), image.split(1), strict=True)
+        worth = (worth + torch.cat([likelihood(model, *one, from_right=True) for one in own])) / 2
     if plan.clip and fit is not None:
         worth = worth + plan.clip * fit(x0, length)
     worth = worth.view(n, -1)

@@ -266,10 +266,16 @@ def score(
 
 @torch.no_grad()
 def likelihood(
-    model: DiffusionCaptionModel, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"], image: Float[Tensor, "1 P F"], chunk: int = 16
+    model: DiffusionCaptionModel,
+    x0: Int[Tensor, "B T"],
+    length: Int[Tensor, " B"],
+    image: Float[Tensor, "1 P F"],
+    from_right: bool = False,
+    chunk: int = 16,
 ) -> Float[Tensor, " B"]:
-    """Nats per token of captions of one image, read from the left, given words and length included; what is impossible counts as -100."""
+    """Nats per token of captions of one image, read from one end, given words and length included; what is impossible counts as -100."""
     place = torch.arange(1, x0.shape[1] + 1, device=x0.device)
+    place = length[:, None] + 1 - place if from_right else place.expand_as(x0)
     step = torch.where(valid_positions(length, x0.shape[1]), place, HIDDEN)
     parts = [score(model, *some, image) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)]
     return torch.cat([p.logp.clamp(min=-100).sum(1) + p.length_logp for p in parts]) / (length + 1)
