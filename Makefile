@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 
-.PHONY: setup train test test-all lint reference clean
+.PHONY: setup train test test-all test-docs lint reference clean
 
 setup: .venv/.dev
 
@@ -15,6 +15,10 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest tests/ -m ''
+
+# The commands of README and docs as they stand, training at the smoke config's sizes, and the adapters.
+test-docs: .venv/.all
+	$(PY) -m pytest tests/test_docs.py tests/adapters -m ''
 
 lint: setup
 	.venv/bin/ruff check .
@@ -35,6 +39,10 @@ clean:
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
 	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.all: .venv/.dev
+	$(PY) -m pip install --quiet --editable ".[diffusers,trl,track,eval]"
 	@touch $@
 
 .venv/.dev: .venv/.core

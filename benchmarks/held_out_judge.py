@@ -6,7 +6,8 @@ chose no checkpoint. It looks at the test photographs that it was not fitted to.
 
     python benchmarks/held_out_judge.py --config configs/flickr8k.yaml --output docs/results/flickr8k/judge.json
 
-needs a finished run of that config, and is for data sets with human ratings. Axes: n pairs, F features.
+needs a finished run of that config, and is for data sets with human ratings; `--base sampler.steps=16` is for the base model alone.
+Axes: n pairs, F features.
 """
 
 import argparse
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--base", action="append", default=[], metavar="KEY=VALUE", help="how the base model decodes, if otherwise")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
@@ -91,7 +93,8 @@ def main() -> None:
     found = rated(config, models["base"], judged)
     learned = to_pairs([*found.test.comparisons, *(found.repeats.comparisons if found.repeats else [])], judged)
     beta = fitted(evidence, learned, config.reward.l2)
-    texts = {kind: write_captions(m, corpus, range(len(corpus)), config.sampler, config.seed).texts for kind, m in models.items()}
+    plans = {"rlhf": config.sampler, "base": load_config([args.config], [*args.overrides, *args.base]).sampler}
+    texts = {kind: write_captions(m, corpus, range(len(corpus)), plans[kind], config.seed).texts for kind, m in models.items()}
     rows = sorted(set(range(len(judged))) - set(found.test.rows))
     margin = differences(evidence, captions_as_pairs(judged, rows, texts)) @ beta
     wins = (margin.sign() / 2 + 0.5).double().numpy()

@@ -1,8 +1,12 @@
-"""What README and docs say to type works, on a model that takes seconds to train; the reference is up to date."""
+"""What README and docs say to type works, on a model that takes seconds to train; the reference is up to date.
+
+`test_commands` runs what is quick as it stands and checks the rest by its arguments; `test_slow_commands` runs the rest.
+"""
 
 import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -12,6 +16,7 @@ import sys
 import tarfile
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +32,11 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "howto"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
-SPOKEN = re.compile(r"`((?:python|caprefine|make|pip) [^`.]*(?:\.(?!\.)[^`.]*)*)`")
+SPOKEN = re.compile(r"`((?:python|caprefine|make|pip|torchrun) [^`.]*(?:\.(?!\.)[^`.]*)*)`")
 """A command within a sentence, unless it ends in an ellipsis."""
+
+
+HUB_ID = "you/captioner"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -46,10 +54,13 @@ def command_of(words: list[str]) -> str:
 
 
 def run(line: str, config: pytest.Config) -> int:
-    """One line of a page, in a folder like the repository. What takes long, changes the machine or runs what is running is checked as far
-    as it can be otherwise; `test_training_commands` trains."""
+    """One line of a page, in a folder like the repository; of what is slow the arguments are read."""
     words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":
+        words = ["python", *words[3:]]
     command = command_of(words)
+    if words[0] == "hf" or HUB_ID in words:
+        return 0
     if words[0] == "make":
         return subprocess.run([*words, "--dry-run"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if words[0] == "pip":
@@ -105,18 +116,57 @@ def settings(tree: dict, start: str = "") -> list[str]:
     return [text for part in parts for text in part]
 
 
+SMALL = [*settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8"))), "mixed_precision=no"]
+"""One process keeps its precision."""
+
+
+def run_slow(words: list[str], env: dict[str, str]) -> int | None:
+    """What `run` does not: training, at the smoke config's sizes, several processes, the hub, installations; None for the rest."""
+    command = command_of(words[2:] if words[0] == "torchrun" else words)
+    small = SMALL if command == "train" else []
+    if words[0] == "make":
+        dry = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        trains = [shlex.split(line) for line in dry if "scripts/train.py" in line]
+        return max((cli.train([*train[2:], *SMALL]) for train in trains), default=None)
+    if words[0] == "pip":
+        return subprocess.run([sys.executable, "-m", *words, "--quiet"], cwd=ROOT).returncode
+    if words[0] == "pytest":
+        return subprocess.run([sys.executable, "-m", *words, "--collect-only", "--quiet"], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if words[0] in ("torchrun", "hf") or HUB_ID in words:
+        words = [str(ROOT / word) if word.startswith("scripts/") else word for word in words]
+        return subprocess.run([*words, *small], env=env).returncode
+    return cli.COMMANDS[command]([*words[2:], *small], command) if command in ("train", "ablate") else None
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that reach a hub, which is on this machine."""
+    with subprocess.Popen([sys.executable, ROOT / "tests/hub.py"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        address, home = server.stdout.readline().strip(), str(tmp_path_factory.mktemp("hub"))
+        found = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "HF_HOME": home, "OMP_NUM_THREADS": "1"}
+        yield os.environ | found | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        server.terminate()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
-def test_training_commands(page, tmp_path, monkeypatch):
-    """As they stand, with the smoke config's sizes."""
-    monkeypatch.chdir(tmp_path)
-    small = settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8")))
-    lines = [words for line in commands(page) if command_of(words := shlex.split(line, comments=True)) == "train"]
-    assert lines
-    for words in lines:
-        assert cli.train([*words[2:], *small]) == 0, words
-    assert Path("models/best_rlhf_model.pt").exists() and Path("results/report/report.html").exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_slow_commands(page, place, hub, tmp_path, monkeypatch):
+    """As they stand, but for the sizes of what is trained: those of the smoke config, and of a grid two arms of one seed."""
+    shutil.copytree(place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    Path("configs/ablations").mkdir(parents=True)
+    grid = yaml.safe_load((ROOT / "configs/ablations/arms.yaml").read_text(encoding="utf-8"))
+    grid["arms"] = {name: grid["arms"][name] for name in ("sparse_only", "hierarchical")}
+    smoke = yaml.safe_load((ROOT / "configs/ablations/smoke.yaml").read_text(encoding="utf-8"))
+    grid |= {"config": str(ROOT / "configs/smoke.yaml"), "seeds": [0], "settings": smoke["settings"]}
+    Path("configs/ablations/arms.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    if page.stem == "howto":
+        assert cli.main(["export", "--checkpoint", "models/best_rlhf_model.pt", "--output", "shared"]) == 0
+    codes = {line: run_slow(shlex.split(line, comments=True), hub) for line in commands(page)}
+    assert 0 in codes.values()
+    assert not {line: code for line, code in codes.items() if code}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -125,11 +175,26 @@ def test_programs(page, place, monkeypatch):
     if not (place / "shared").exists():
         assert cli.main(["export", "--checkpoint", "models/best_rlhf_model.pt", "--output", "shared"]) == 0
     for code in blocks(page, "python"):
+        if HUB_ID in code:
+            continue
         if "diffusers" in code:
             with warnings.catch_warnings(action="ignore"):
                 pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.slow
+def test_programs_that_reach_the_hub(place, hub, monkeypatch):
+    monkeypatch.chdir(place)
+    if not (place / "shared").exists():
+        assert cli.main(["export", "--checkpoint", "models/best_rlhf_model.pt", "--output", "shared"]) == 0
+    programs = [code for page in PAGES for code in blocks(page, "python") if HUB_ID in code]
+    assert programs
+    for code in programs:
+        code += '\nprint(captioner("image.jpg")[0].text)'
+        found = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
+        assert found.returncode == 0 and found.stdout.strip(), found.stderr
 
 
 def test_links_lead_somewhere():

@@ -3,6 +3,7 @@
 import json
 import random
 import runpy
+import sys
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,10 @@ def test_a_judge_that_had_no_part_in_the_training(photographs, tmp_path, monkeyp
     for kind in ("base", "rlhf"):
         assert found[kind]["references"]["cider_d"]["value"] == pytest.approx(summary["references"][kind]["cider_d"], abs=1e-6)
     assert f"on {found['win_rate']['value']:.1%} of {found['photographs']} photographs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--base", "sampler.max_words=1"])
+    judge["main"]()
+    short = json.loads((tmp_path / "judge.json").read_text())
+    assert short["base"]["mean_words"] == 1 and short["rlhf"] == found["rlhf"]
 
 
 @pytest.mark.parametrize("rated", [0, 1])
