@@ -3,8 +3,8 @@
 import json
 import random
 import runpy
-import sys
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
