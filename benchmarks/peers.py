@@ -46,7 +46,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.base import (
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import averaged, make_optimizer, update_average
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig, load_config
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_of, usable_precision
 
 END = 0
 """The padding's id, which no caption contains, ends the autoregressive model's."""
@@ -202,6 +202,7 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
     """The averaged weights with the best validation captions, of a run whose learning rate ends with its time."""
     fit, measure = config.base.fit, "utility" if corpora["val"].examples[0].scene else "cider_d"
     optimizer, ema = make_optimizer(model, fit), {k: v.clone() for k, v in model.state_dict().items()}
+    precision = usable_precision(config.mixed_precision)
     step, spent, curve, best = 0, 0.0, [], {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     while spent < 60 * minutes:
@@ -211,7 +212,7 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
         torch.manual_seed(seed_of(config.seed, "micro-batch", step))
         rows = batch_indices(len(corpora["train"]), fit.batch_size, step, config.seed, "base")
         batch = caption_batch(corpora["train"], rows, slice(None), config.base, generator(config.seed, "base batch", step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm)

@@ -32,7 +32,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import REP
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import steps_per_epoch
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import averaged, make_optimizer, update_average
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig, load_config
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import seed_of, usable_precision
 
 
 @torch.no_grad()
@@ -71,13 +71,13 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
     settings, fit, train = config.rlhf, config.rlhf.fit, corpora["train"]
     sparse, optimizer = agreement(train, settings.neighbours, REPEATED), make_optimizer(model, fit)
     ema, best = ({k: v.clone() for k, v in model.state_dict().items()} for _ in range(2))
-    each = steps_per_epoch(fit, len(train))
+    each, precision = steps_per_epoch(fit, len(train)), usable_precision(config.mixed_precision)
     curve = [{"step": 0} | judge(model, corpora["val"], SamplerConfig(), alignment)]
     for step in range(fit.epochs * each):
         torch.manual_seed(seed_of(config.seed, "self-critical", step))
         rows = batch_indices(len(train), fit.batch_size, step, config.seed, "rlhf")
         image, cosine = train.image(rows), fit_of(alignment, train.tokenizer, train.joint[rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             x0 = draw(model, image, settings.group, settings.temperature)
             logp = log_likelihood(model, x0, image, settings.temperature)
         length = (x0 != END).sum(1)

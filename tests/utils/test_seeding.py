@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hierarchical_diffusion_rlhf_caption_refinement.utils import seeding
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_global, seed_of, set_threads
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_global, seed_of, set_threads, usable_precision
 
 
 def test_seed_is_the_same_in_every_process():
@@ -57,3 +57,13 @@ def test_work_that_goes_on_is_seen():
     finally:
         spin.kill()
         spin.wait()
+
+
+@pytest.mark.parametrize(("cuda", "native", "wanted", "found"), [
+    (False, False, "bf16", "no"), (False, True, "bf16", "bf16"), (True, False, "bf16", "bf16"), (False, False, "no", "no"),
+])  # fmt: skip
+def test_bf16_is_not_emulated(monkeypatch, capsys, cuda, native, wanted, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert usable_precision(wanted) == found
+    assert ("float32" in capsys.readouterr().err) == (found != wanted)

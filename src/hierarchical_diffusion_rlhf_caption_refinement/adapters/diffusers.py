@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -51,8 +51,9 @@ def _classes() -> dict[str, Any]:
         def __init__(self, schedule: Schedule = "linear", threshold: float = 2.0, minimal_topk: int = 1) -> None:
             super().__init__(threshold=threshold, minimal_topk=minimal_topk)
 
-        def get_num_transfer_tokens(self, block_length: int, num_inference_steps: int) -> torch.Tensor:
-            return reveal_counts(torch.tensor([block_length]), torch.tensor([num_inference_steps]), self.config["schedule"])[0]
+        def get_num_transfer_tokens(self, block_length: int, num_inference_steps: int) -> torch.LongTensor:
+            counts = reveal_counts(torch.tensor([block_length]), torch.tensor([num_inference_steps]), self.config["schedule"])[0]
+            return cast(torch.LongTensor, counts)
 
     class CaptionPipeline(DiffusionPipeline):
         """`CaptionPipeline(AutoModel.from_pretrained("shared"), RevealScheduler())(images).captions`; saves and loads as pipelines do."""
@@ -65,7 +66,7 @@ def _classes() -> dict[str, Any]:
             """`captions` in the images' order; `options` as of `denoise`."""
             parts = self.captioner.parts
             captioner = Captioner(parts.eyes, parts.denoiser, parts.reward, parts.eyes.config.sampler)
-            several = self.progress_bar([images] if isinstance(images, Image) else images)
+            several = cast(Any, self).progress_bar([images] if isinstance(images, Image) else images)
             return BaseOutput(captions=denoise(captioner, several, self.scheduler, num_inference_steps, **options))
 
     return {"RevealScheduler": RevealScheduler, "CaptionPipeline": CaptionPipeline, "SchedulerMixin": SchedulerMixin}

@@ -1,7 +1,8 @@
-"""What makes a run repeatable: seeds that are a function of the run's seed and of what they are used for, and the CPU threads."""
+"""What makes a run repeatable: seeds that are a function of the run's seed and of what they are used for, CPU threads and precision."""
 
 import hashlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -52,3 +53,11 @@ def set_threads(threads: int) -> int:
         threads = max(1, (cores - round(busy_cores())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads
+
+
+def usable_precision(wanted: str) -> str:
+    """`wanted`, unless that is bf16 on a processor that only emulates it, many times slower: then float32, and a line says so."""
+    if wanted == "bf16" and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("mixed_precision: this processor only emulates bf16; computing in float32", file=sys.stderr)
+        return "no"
+    return wanted
