@@ -89,6 +89,14 @@ def test_values_have_the_types_of_the_schema(tmp_path):
     assert isinstance(config.reward.curve, tuple | list) and dataclasses.is_dataclass(config.base.fit)
 
 
+@pytest.mark.parametrize("spelled", ["no", '"no"'])
+def test_no_is_a_precision_though_yaml_reads_false(tmp_path, spelled):
+    (tmp_path / "own.yaml").write_text(f"mixed_precision: {spelled}\n")
+    before = ["mixed_precision=bf16"]
+    assert load_config([tmp_path / "own.yaml"]).mixed_precision == "no"
+    assert load_config([], [*before, f"mixed_precision={spelled}"]).mixed_precision == "no"
+
+
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert differences(load_config([tmp_path / "empty.yaml"]), Config()) == {"run"}

@@ -409,9 +409,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _layer(where: str, read: Callable[[], Any]) -> Layer:
-    layer = _read(where, read)
-    _check_keys(layer[1], where)
-    return layer
+    where, tree = _read(where, read)
+    _check_keys(tree, where)
+    return where, tree | ({"mixed_precision": "no"} if tree.get("mixed_precision") is False else {})  # YAML's `no`, unquoted
 
 
 def _arguments(overrides: Sequence[str]) -> list[Layer]:
