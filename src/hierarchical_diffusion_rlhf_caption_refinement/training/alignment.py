@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed.nn.functional as dist_nn
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,11 +31,23 @@ PCA_IMAGES = 1000
 """Training images that the projection of a frozen backbone is fitted on."""
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(x: Float[Tensor, "B ..."]) -> Float[Tensor, "C ..."]:
     """The rows of all processes, with gradient, so that negatives come from the whole batch."""
-    if not torch.distributed.is_initialized():
-        return x
-    return torch.cat(list(dist_nn.all_gather(x.contiguous())))
+    return cast(Tensor, _Gather.apply(x.contiguous())) if dist.is_initialized() else x
 
 
 class AlignmentTrainee(nn.Module):
@@ -57,7 +69,7 @@ class AlignmentTrainee(nn.Module):
         tokens = self.vision(image) if self.vision else image
         words, valid = self.alignment.read_ids(ids, length)
         i, t = self.alignment.embed_images(tokens), self.alignment.pool(words, valid)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_initialized() else 0
         target = torch.arange(len(ids), device=ids.device) + rank * len(ids)
         by_image = contrastive_loss(self.alignment.logits(i, gather(t)), target)
         by_text = contrastive_loss(self.alignment.logits(t, gather(i)), target)

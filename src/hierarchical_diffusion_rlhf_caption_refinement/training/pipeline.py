@@ -61,7 +61,8 @@ class Pipeline:
         path = self.run.config.sources / FILES[kind]
         if not path.exists():
             stage = "base" if kind == "alignment" else kind
-            config = "" if self.run.config.run == "default" else f" --config configs/{self.run.config.run}.yaml"
+            run = path.parent.name  # of the run itself or the one that it starts from
+            config = "" if run == "models" else f" --config configs/{run}.yaml"
             raise MissingStage(f"{path} does not exist; make it with: python scripts/train.py{config} --stage {stage}")
         return path
 
