@@ -18,7 +18,7 @@ from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
 from ..utils.config import BaseConfig, ConfigError
 from ..utils.seeding import generator, seed_of
 from .alignment import shuffled_ids
-from .engine import Row
+from .engine import Objective, Row
 from .run import Run
 
 LENGTH_GROUPS = 4
@@ -72,6 +72,16 @@ def _caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tup
     return caption_nll(prediction.logits, batch.x0, counted), length
 
 
+def denoising(allowed: Tensor) -> Objective:
+    """The base model's objective."""
+
+    def objective(model: nn.Module, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        nll, length = caption_loss(model, batch, allowed)
+        return nll.mean() + LENGTH_WEIGHT * length.mean(), {"nll": nll.mean(), "length_nll": length.mean()}
+
+    return objective
+
+
 @torch.no_grad()
 def validation_loss(model: DiffusionCaptionModel, corpus: Corpus, config: BaseConfig, seed: int, chunk: int = 100) -> float:
     """Nats per token of one fixed caption of each image under fixed reveals, with the image."""
@@ -92,14 +102,9 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     torch.manual_seed(seed_of(config.seed, "base"))
     eyes, model = start_denoiser(eyes)
     state = run.state("base", model, config.base.fit)
-    allowed = model.allowed
 
     def make(index: int, rows: list[int], part: slice) -> CaptionBatch:
         return caption_batch(corpora["train"], rows, part, config.base, generator(config.seed, "base batch", index))
-
-    def objective(wrapped: nn.Module, batch: CaptionBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        nll, length = caption_loss(wrapped, batch, allowed)
-        return nll.mean() + LENGTH_WEIGHT * length.mean(), {"nll": nll.mean(), "length_nll": length.mean()}
 
     def evaluate(bare: nn.Module) -> dict[str, float]:
         denoiser = cast(DiffusionCaptionModel, bare)
@@ -112,7 +117,7 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
 
     batches = run.batches("base", config.base.fit, len(corpora["train"]), make)
     run.fit(
-        "base", state, config.base.fit, len(corpora["train"]), batches, objective,
+        "base", state, config.base.fit, len(corpora["train"]), batches, denoising(model.allowed),
         evaluate=evaluate, better=("val_loss", "min"), best=best,
     )  # fmt: skip
     return path

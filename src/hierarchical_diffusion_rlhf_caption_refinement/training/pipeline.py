@@ -119,8 +119,12 @@ class Pipeline:
     def base(self) -> None:
         if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
-        train = with_mirrored(self.corpora["train"], self.eyes, self.run.cache) if self.run.config.base.mirror else self.corpora["train"]
-        train_base(self.run, self.eyes, self.corpora | {"train": train})
+        train_base(self.run, self.eyes, self.with_mirrored_train())
+
+    def with_mirrored_train(self) -> dict[str, Corpus]:
+        """The splits, with the mirrored training images where the base model is to see them."""
+        mirror, train = self.run.config.base.mirror, self.corpora["train"]
+        return self.corpora | {"train": with_mirrored(train, self.eyes, self.run.cache) if mirror else train}
 
     def load_base(self) -> tuple[Eyes, DiffusionCaptionModel]:
         """The base model, and the eyes with the shape that it was trained in."""
@@ -173,10 +177,11 @@ class Pipeline:
     def rlhf(self) -> None:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         (eyes, base), config = self.load_base(), self.run.config
+        corpora = self.with_mirrored_train() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
             train = self.corpora["train"]
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
             paths = self.find("reward"), config.sources / JUDGE
             reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)
-        train_rlhf(self.run, eyes, base, reward, judge, self.corpora, self.words)
+        train_rlhf(self.run, eyes, base, reward, judge, corpora, self.words)

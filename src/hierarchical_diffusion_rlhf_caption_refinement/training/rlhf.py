@@ -1,11 +1,11 @@
-"""Stage 3: the denoiser is refined by the hierarchical reward, with the exact policy gradient of its denoising trajectories.
+"""Stage 3: the denoiser is refined by the hierarchical reward, with the exact policy gradient of its denoising trajectories (or `distil`).
 
 Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocabulary.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,8 +35,9 @@ from ..models.shaping import (
 )
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
 from ..utils.seeding import generator
-from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, validation_loss
-from .engine import Row
+from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, denoising, validation_loss
+from .distil import best_found, rewritten
+from .engine import Objective, Row, Stop
 from .run import Run, steps_per_epoch
 from .state import TrainState
 
@@ -324,6 +325,26 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     return loss | facts | text_statistics(written.texts) | truth
 
 
+def learning(trainer: Trainer) -> tuple[Callable[[int], Iterator[Any]], Objective, Stop | None]:
+    """What is learned from, the loss, and what stops it: the policy gradient of rollouts, or the best captions that a search finds."""
+    config, extra, corpus, allowed = trainer.config, trainer.extra, trainer.corpus, trainer.policy.allowed
+    if config.rlhf.method == "distil":
+        if "captions" not in extra:
+            extra["captions"] = best_found(trainer.reference, corpus, trainer.reward, trainer.alignment, config.shaping)
+        found = rewritten(corpus, extra["captions"])
+
+        def make(index: int, rows: list[int], part: slice) -> CaptionBatch:
+            return caption_batch(found, rows, part, config.base, generator(config.seed, "distil batch", index))
+
+        return trainer.run.batches("distil", config.rlhf.fit, len(corpus), make), denoising(allowed), None
+
+    def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, facts = policy_loss(model, rollout, config.rlhf, extra["kl_weight"], allowed)
+        return loss, {**facts, **rollout.facts, "kl_weight": extra["kl_weight"]}
+
+    return trainer.rollouts, objective, kl_guard(config.rlhf, extra)
+
+
 def train_rlhf(
     run: Run, eyes: Eyes, base: DiffusionCaptionModel, reward: Worth, judge: Worth, corpora: dict[str, Corpus], words: Words
 ) -> Path:
@@ -348,10 +369,6 @@ def train_rlhf(
             run.log.write("rlhf", row)
             save_denoiser(path, "rlhf", eyes, policy, {"row": row})
 
-    def objective(model: nn.Module, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor | float]]:
-        loss, facts = policy_loss(model, rollout, config.rlhf, state.extra["kl_weight"], policy.allowed)
-        return loss, {**facts, **rollout.facts, "kl_weight": state.extra["kl_weight"]}
-
     def evaluate(model: nn.Module) -> dict[str, float]:
         now = held_out(trainer, cast(DiffusionCaptionModel, model), corpora["val"], judge)
         found = alarms(now, state.extra["base"])
@@ -360,10 +377,10 @@ def train_rlhf(
     def best(model: nn.Module, row: Row) -> None:
         save_denoiser(path, "rlhf", eyes, model, {"row": row})
 
-    count, inner = len(corpora["train"]), config.rlhf.inner_updates
+    batches, objective, stop = learning(trainer)
     run.fit(
-        "rlhf", state, config.rlhf.fit, count, trainer.rollouts, objective, evaluate=evaluate,
-        better=("val_judge_unalarmed", "max"), best=best, stop=kl_guard(config.rlhf, state.extra), boundary=inner,
-        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()},
+        "rlhf", state, config.rlhf.fit, len(corpora["train"]), batches, objective, evaluate=evaluate,
+        better=("val_judge_unalarmed", "max"), best=best, stop=stop, boundary=config.rlhf.inner_updates,
+        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()} | {"rlhf.method": config.rlhf.method},
     )  # fmt: skip
     return path
