@@ -5,7 +5,7 @@ learning rate, averaging of the weights and the choice among them on validation 
 the reward: similar images' captions count, repetitions cost, and CLIP's score of the caption is mixed in with `shaping.clip_weight`. There
 is no KL.
 
-    python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output refined.json \\
+    python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output out.json \\
         rlhf.fit.epoch_size=1500 rlhf.fit.batch_size=16 rlhf.fit.lr=3e-5 rlhf.fit.ema_decay=0.9
 
 needs the alignment stage and the weights that `peers.py --peer autoregressive --save ar.pt` left. Axes: N images, B captions, T words.
