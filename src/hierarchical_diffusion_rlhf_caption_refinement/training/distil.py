@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.corpus import Corpus
+from ..data.features import counter
 from ..data.text import decode_rows
 from ..evaluation.evaluate import Worth, fit_of
 from ..models.alignment import Alignment
@@ -29,12 +30,13 @@ def best_found(
     model: DiffusionCaptionModel, corpus: Corpus, worth: Worth, alignment: Alignment, shaping: ShapingConfig, chunk: int = 40
 ) -> list[str]:
     """The caption of each image that the search likes best: for its likelihood, CLIP and `worth`."""
-    texts: list[str] = []
+    texts, on_progress = list[str](), counter("captions searched for:")
     for start in range(0, len(corpus), chunk):
         rows = list(range(start, min(start + chunk, len(corpus))))
         image = corpus.image(rows).to(model.mask.device)
         found = beam_search(model, image, SEARCH, fit=both_rewards(corpus, rows, worth, alignment, shaping))
         texts += decode_rows(corpus.tokenizer, found.x0, found.length)
+        on_progress(len(texts), len(corpus))
     return texts
 
 
