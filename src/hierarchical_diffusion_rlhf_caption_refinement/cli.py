@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace) -> int:
         accelerator.init_trackers(config.run)
     log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
     if accelerator.is_main_process:
-        write_json(config.results / "config.json", to_plain(config) | {"threads": threads})
+        write_json(config.results / "config.json", to_plain(config) | {"threads": threads, "mixed_precision": precision})
     pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
     pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
     if accelerator.is_main_process:

@@ -330,7 +330,7 @@ class Config:
     threads: int = 0
     """CPU threads; 0 takes the idle cores when a run starts, and a resumed run keeps what it had."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 saves time and memory where the machine computes in it; a processor that would only emulate it computes in float32."""
+    """bf16 saves time and memory; a processor that would only emulate it computes in float32, as results/config.json then tells."""
     start_from: str = ""
     """Folder with the alignment, base and reward checkpoints of another run to build on; default: the run's own."""
     track: str = ""

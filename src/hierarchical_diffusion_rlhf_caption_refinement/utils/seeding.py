@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -56,8 +55,6 @@ def set_threads(threads: int) -> int:
 
 
 def usable_precision(wanted: str) -> str:
-    """`wanted`, unless that is bf16 on a processor that only emulates it, many times slower: then float32, and a line says so."""
-    if wanted == "bf16" and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("mixed_precision: this processor only emulates bf16; computing in float32", file=sys.stderr)
-        return "no"
-    return wanted
+    """`wanted`, unless that is bf16 on a processor that only emulates it, many times slower."""
+    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "no" if wanted == "bf16" and not native else wanted
