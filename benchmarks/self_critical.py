@@ -27,7 +27,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alig
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_eyes, with_config
-from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import centre
+from hierarchical_diffusion_rlhf_caption_refinement.training.distil import in_spreads
 from hierarchical_diffusion_rlhf_caption_refinement.training.engine import lr_at
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import REPEATED
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import steps_per_epoch
@@ -62,9 +62,7 @@ def log_likelihood(model: Autoregressive, x0: Tensor, image: Tensor, temperature
 
 def advantage(cider: Tensor, clip: Tensor, weight: float, group: int) -> Tensor:
     """Both rewards less the mean of their image's captions, in units of their root mean squares, mixed."""
-    parts = [centre(reward, group) for reward in (cider, clip)]
-    cider, clip = (part / part.square().mean().sqrt().clamp(min=1e-8) for part in parts)
-    return (1 - weight) * cider + weight * clip
+    return (1 - weight) * in_spreads(cider, group) + weight * in_spreads(clip, group)
 
 
 def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, alignment: Alignment) -> list[dict]:
