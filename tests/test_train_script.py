@@ -181,6 +181,7 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
         ("shaping.clip_wieght=0", "error: shaping.clip_wieght=0: unknown key 'shaping.clip_wieght'; did you mean 'shaping.clip_weight'?\n"),
         ("rlhf.group=1", "error: rlhf.group must be at least 2: captions are compared within it\n"),
         ("epochs", "error: epochs: expected key.sub=value\n"),
+        ("start_from=models", "error: start_from: which stage is to build on it? --stage says; a whole run makes its own models\n"),
     ],
 )
 def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, argument, line):

@@ -51,6 +51,8 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
 def _train(args: argparse.Namespace) -> int:
     config = _read_config(args)
+    if config.start_from and args.stage == "all":
+        raise ConfigError("start_from: which stage is to build on it? --stage says; a whole run makes its own models")
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 

@@ -28,6 +28,8 @@ from .run import Run
 
 REPEATED = 0.3
 """CIDEr-D that a caption loses, as a reward, for saying something twice."""
+CENTRED = 200
+"""Captions of the base model's that give the reward its zero and its unit, at least."""
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
 
@@ -166,11 +168,11 @@ class Pipeline:
         return found
 
     def centre(self, reward: RewardModel) -> None:
-        """Put the score's zero and unit on the base model's captions of validation images."""
+        """Put the score's zero and unit on the base model's captions of validation images, several of an image where there are few."""
         corpus, config, device = self.corpora["val"], self.run.config, self.run.device
-        rows = list(range(min(len(corpus), 200)))
+        rows = list(range(min(len(corpus), CENTRED)))
         plan = replace(config.sampler.plain, temperature=1.0, order="random", candidates=1, guidance=1.0, threshold=0.0, remask=0)
-        t = write_captions(reward.evidence.denoiser, corpus, rows, plan, config.seed).trajectory
+        t = write_captions(reward.evidence.denoiser, corpus, rows, plan, config.seed, group=-(-CENTRED // len(rows))).trajectory
         scores = reward.members(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint[rows].to(device))
         reward.set_base(scores[..., 0])
 
