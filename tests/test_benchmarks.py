@@ -118,6 +118,16 @@ def test_noise_does_not_count_as_length_of_the_mean_gradient_and_does_of_an_upda
 
 
 @pytest.mark.slow
+def test_twice_the_batch_is_twice_the_work(bench):
+    bench("step_rate.py", "--config", "smoke", "--size", "tiny", "--times", "1", "2", "--updates", "8", "--output", "rate.json")
+    once, twice = (row["stages"] for row in json.loads(Path("rate.json").read_text())["times"].values())
+    assert once.keys() == twice.keys() == {"base", "reward", "rlhf"}
+    assert twice["reward"]["flops_per_update"] == 2 * once["reward"]["flops_per_update"] > 0
+    for row in (*once.values(), *twice.values()):
+        assert row["samples_per_second"] == pytest.approx(row["samples_per_update"] / row["seconds_per_update"])
+
+
+@pytest.mark.slow
 def test_the_credit_of_a_finished_run(bench, capsys):
     bench("credit.py", "--models", "models/smoke", "--rollouts", "20", "--output", "o/credit.json")
     found = json.loads(Path("o/credit.json").read_text())["cosine with the gradient of gold"]

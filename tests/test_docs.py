@@ -32,7 +32,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_con
 from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "howto", "results/ablation"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "howto", "results/ablation", "results/gpu"))]
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 SPOKEN = re.compile(r"`((?:python|caprefine|make|pip|torchrun) [^`.]*(?:\.(?!\.)[^`.]*)*)`")
 """A command within a sentence, unless it ends in an ellipsis."""
@@ -169,7 +169,8 @@ def run_slow(words: list[str], env: dict[str, str]) -> int | None:
         words = [str(ROOT / word) if word.startswith("scripts/") else word for word in words]
         return subprocess.run([*words, *small], env=env).returncode
     if words[1].startswith("benchmarks/"):
-        return subprocess.run([sys.executable, *words[1:]], env=env).returncode
+        tiny = ["--size", "tiny", "--updates", "8"] if words[1].endswith("step_rate.py") else []
+        return subprocess.run([sys.executable, *words[1:], *tiny], env=env).returncode
     return cli.COMMANDS[command]([*words[2:], *small], command) if command in ("train", "ablate") else None
 
 

@@ -172,16 +172,17 @@ class Captioner:
             eyes.vision.eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, kind: Literal["base", "rlhf"] | None = None, device: str = "cpu") -> "Captioner":
+    def from_pretrained(
+        cls, path: str | Path, kind: Literal["base", "rlhf"] | None = None, device: torch.device | str = "cpu"
+    ) -> "Captioner":
         """From a folder or a hub id as `save_pretrained` and `push_to_hub` leave them, or from a run's checkpoint or folder of checkpoints:
         its refined model unless `kind` says base, with the reward model beside it, or of the run that it started from.
 
         Raises CheckpointError.
         """
         parts = load_parts(path, kind)
-        if isinstance(parts.eyes.alignment, torch.nn.Module):
-            parts.eyes.alignment.to(device)
-        captioner = cls(parts.eyes, parts.denoiser.to(device), parts.reward and parts.reward.to(device), parts.eyes.config.sampler)
+        reward = parts.reward and parts.reward.to(device)
+        captioner = cls(parts.eyes.to(device), parts.denoiser.to(device), reward, parts.eyes.config.sampler)
         captioner.parts = parts
         return captioner
 

@@ -131,6 +131,7 @@ def caption_fresh_images(config: Config, console: Console) -> None:
     from .captioner import Captioner
     from .data.scenes import render, sample_scene
     from .models.saved import FILES
+    from .utils.seeding import usable_device
 
     if config.data.source != "scenes" or not (config.models / FILES["rlhf"]).exists():
         return
@@ -139,7 +140,7 @@ def caption_fresh_images(config: Config, console: Console) -> None:
     paths = [folder / f"scene_{i}.png" for i in range(FRESH)]
     for i, path in enumerate(paths):
         render(sample_scene(config.seed, "test", config.data.test + i)).save(path)
-    for path, caption in zip(paths, Captioner.from_pretrained(config.models)(paths), strict=True):
+    for path, caption in zip(paths, Captioner.from_pretrained(config.models, device=usable_device())(paths), strict=True):
         console.print(f"{path}: {caption.text}", highlight=False, soft_wrap=True)
 
 
@@ -366,10 +367,11 @@ def read_work(args: argparse.Namespace) -> Any:
     from .captioner import Captioner, Wishes
     from .models.reward import EVEN, Dials
     from .utils.config import with_overrides
+    from .utils.seeding import usable_device
 
     texts = tuple(args.must_include), tuple(args.ban), args.template
     wishes = Wishes(*texts, args.min_words, args.max_words, args.prefix, args.suffix)
-    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type)
+    captioner = Captioner.from_pretrained(args.checkpoint, args.model_type, usable_device())
     plan = with_overrides(captioner.eyes.config, args.settings).sampler
     captioner.write([], plan, args.seed, wishes)  # says what it cannot do
     if (

@@ -190,9 +190,9 @@ def reference_intervals(captions: Sequence[str], examples: Sequence[Example], dr
 @torch.no_grad()
 def clip_scores(alignment: Alignment, captions: Sequence[str], corpus: Corpus) -> dict[str, dict[str, float]]:
     """CLIPScore and RefCLIPScore (Hessel et al. 2021) under the run's own alignment model: comparable within a run only."""
-    texts = alignment.embed_texts(captions)
+    texts = alignment.embed_texts(captions).cpu()
     fit = 2.5 * (texts * corpus.joint).sum(-1).clamp(min=0)
-    best = torch.stack([(alignment.embed_texts(e.captions) @ text).max() for e, text in zip(corpus.examples, texts, strict=True)])
+    best = torch.stack([(alignment.embed_texts(e.captions).cpu() @ text).max() for e, text in zip(corpus.examples, texts, strict=True)])
     both = 2 * fit * best.clamp(min=0) / (fit + best.clamp(min=0)).clamp(min=1e-8)
     return {name: interval_row(value.double().numpy()) for name, value in {"clip_score": fit, "ref_clip_score": both}.items()}
 
@@ -202,7 +202,7 @@ def retrieval(alignment: Alignment, corpus: Corpus) -> dict[str, float]:
     """Share of all captions whose own image is among the k that fit best, of all images of the split."""
     texts = [caption for example in corpus.examples for caption in example.captions]
     own = torch.tensor([row for row, example in enumerate(corpus.examples) for _ in example.captions])
-    scores = alignment.embed_texts(texts) @ corpus.joint.T
+    scores = alignment.embed_texts(texts).cpu() @ corpus.joint.T
     rank = (scores > scores.gather(1, own[:, None])).sum(1)
     return {f"text_to_image_r{k}": float((rank < k).float().mean()) for k in (1, 5, 10)}
 
@@ -226,8 +226,8 @@ def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
     if isinstance(eyes.alignment, PretrainedClip):
         seen = load_features(examples, eyes.alignment.encode, f"clip {eyes.config.alignment.pretrained}", cache)
     with torch.no_grad():
-        parts = (torch.from_numpy(seen[i : i + 256].astype(np.float32)) for i in range(0, len(seen), 256))
-        joint = torch.cat([eyes.alignment.embed_images(part) for part in parts])
+        parts = (torch.from_numpy(seen[i : i + 256].astype(np.float32)).to(eyes.vision.device) for i in range(0, len(seen), 256))
+        joint = torch.cat([eyes.alignment.embed_images(part).cpu() for part in parts])
     return Corpus(examples, tokens, joint, eyes.tokenizer, eyes.config.data.max_words)
 
 

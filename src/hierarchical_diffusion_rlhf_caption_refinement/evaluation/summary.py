@@ -16,6 +16,7 @@ from ..models.reward import RewardModel
 from ..models.saved import FILES, find_reward, load_denoiser, load_reward
 from ..models.shaping import HierarchicalRewardShaper
 from ..utils.config import Config
+from ..utils.seeding import usable_device
 from . import metrics
 from .evaluate import (
     build_corpus,
@@ -58,10 +59,11 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     Raises CheckpointError.
     """
     eyes, model, _ = load_denoiser(path, kind)
+    eyes, model = eyes.to(device := usable_device()), model.to(device)
     config = config or eyes.config
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
     beside = find_reward(path, eyes.config)
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0] if beside else None
+    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0].to(device) if beside else None
     rows = list(range(len(corpus)))
     written = write_captions(model, corpus, rows, config.sampler, config.seed, reward, eyes.alignment)
     found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)
@@ -152,12 +154,13 @@ def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> li
 
 def word_details(config: Config, reward: RewardModel, found: Evaluation, rows: list[int]) -> list[list[WordDetail]]:
     """Per word: confidence (of its least certain token), alpha, the CLIP credit of the word, and the preference score of the caption."""
-    split, joint = words_and_owners(found.corpus.tokenizer), found.corpus.joint[rows]
+    split, device = words_and_owners(found.corpus.tokenizer), reward.linear.device
+    image, joint = found.corpus.image(rows).to(device), found.corpus.joint[rows].to(device)
     said, owners = zip(*(split(found.ids[row]) for row in rows), strict=True)
     whole = [list(range(len(words))) for words in said]
     credit = leave_one_word_out(reward.evidence.alignment, said, whole, joint, max(map(len, said)))
     x0, length = pad([found.ids[row] for row in rows], found.corpus.max_words)
-    score = reward.score(x0, length, found.corpus.image(rows), joint)
+    score = reward.score(x0.to(device), length.to(device), image, joint)
     odds = torch.tensor([c for row in found.confidence for c in row]).clamp(1e-4, 1 - 1e-4).logit()
     shaper = HierarchicalRewardShaper(config.shaping)
     details = []

@@ -172,16 +172,16 @@ def leave_one_word_out(
             if able:
                 texts.append(" ".join([*words[:i], *words[i + 1 :]]))
                 places.append((row, i))
-    credit = torch.zeros(len(captions), width, device=image.device)
+    credit = torch.zeros(len(captions), width)
     if not texts:
-        return credit
+        return credit.to(image.device)
     rows = torch.tensor([row for row, _ in places], device=image.device)
     whole = text_scores(alignment, [" ".join(words) for words in captions], image)
     drop = whole[rows] - text_scores(alignment, texts, image[rows])
     for (row, word), value in zip(places, drop.tolist(), strict=True):
         tokens = [t for t, owner in enumerate(owners[row][:width]) if owner == word]
         credit[row, tokens] = value / max(len(tokens), 1)
-    return credit
+    return credit.to(image.device)
 
 
 @torch.no_grad()

@@ -161,5 +161,5 @@ def advance_mask(past: Bool[Tensor, "B S"], new: Bool[Tensor, "B R"], ask: int) 
     known = torch.cat([past, new], 1)[:, None].expand(-1, rows, -1)
     blank = torch.zeros(len(new), rows, ask, dtype=torch.bool, device=new.device)
     mask = torch.cat([known, blank], 2)
-    mask[:, torch.arange(rows), past.shape[1] + torch.arange(rows)] = True  # itself
+    mask[:, :, past.shape[1] :].diagonal(dim1=1, dim2=2).fill_(True)  # itself
     return mask

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -36,6 +37,13 @@ class Eyes:
     """Ids that no caption may contain."""
     vision: Vision
     alignment: Alignment
+
+    def to(self, device: torch.device | str) -> "Eyes":
+        """These eyes, their networks moved there."""
+        self.vision.to(device)
+        if isinstance(self.alignment, nn.Module):
+            self.alignment.to(device)
+        return self
 
 
 def build_alignment(config: Config, tokenizer: Tokenizer, image_width: int) -> AlignmentModel | PretrainedClip:

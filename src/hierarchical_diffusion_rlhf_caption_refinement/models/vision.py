@@ -22,7 +22,8 @@ from transformers import AutoImageProcessor, AutoModel
 from ..utils.config import VisionConfig
 
 BATCH = 4
-"""Images per pass of a backbone: on CPU, larger batches are slower, because their buffers are mapped anew at every layer."""
+"""Images per pass of a backbone on CPU: larger batches are slower, because their buffers are mapped anew at every layer."""
+GPU_BATCH = 64
 WHITENING = 0.1
 """Ridge of the whitening, in mean variances of the kept components: strong components come out equal, weak ones stay weaker."""
 
@@ -84,7 +85,7 @@ class Projection(nn.Module):
 class PretrainedVision:
     """A frozen Hugging Face backbone; its tokens are all that its last layer holds, and the pooled vector as the last one."""
 
-    def __init__(self, name: str, width: int = 0, device: str | torch.device = "cpu") -> None:
+    def __init__(self, name: str, width: int = 0) -> None:
         """`width` 0 keeps the backbone's own features; else `fit_pca` or `load_state_dict` must set the projection before use.
 
         Raises VisionError if the backbone is not there, lacks weights or has no image processor.
@@ -96,7 +97,7 @@ class PretrainedVision:
                 model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError, ImportError) as error:
             raise VisionError(f"{name}: not a usable vision backbone: {' '.join(str(error).split())[:300]}") from None
-        self.model: Any = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
+        self.model: Any = getattr(model, "vision_model", model).eval().requires_grad_(False)
         missing = {key.removeprefix("vision_model.") for key in report["missing_keys"]} & set(self.model.state_dict())
         untrained = {key for key in missing if "pooler" in key}
         if missing != untrained:
@@ -107,16 +108,25 @@ class PretrainedVision:
         if pooled.shape[-1] != self._native_width:
             raise VisionError(f"{name}: pooled width {pooled.shape[-1]} differs from token width {self._native_width}")
         self.width = min(width or self._native_width, self._native_width)
-        projections = {kind: Projection(self._native_width, self.width).to(device) for kind in ("tokens", "pooled")}
+        projections = {kind: Projection(self._native_width, self.width) for kind in ("tokens", "pooled")}
         self.projections: nn.ModuleDict | None = nn.ModuleDict(projections) if width else None
         settings = {key: str(value) for key, value in self.processor.to_dict().items() if not key.endswith(("_type", "_class"))}
         self._identity = _digest(self.model.state_dict().items(), type(self.model).__name__, json.dumps(settings, sort_keys=True))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: torch.device | str) -> None:
+        self.model.to(device)
+        if self.projections is not None:
+            self.projections.to(device)
 
     @torch.no_grad()
     def _native(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Tokens (B, P, C) and pooled vectors (B, C) of one batch."""
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        output = self.model(pixel_values=pixels.to(self.model.device))
+        output = self.model(pixel_values=pixels.to(self.device))
         tokens: Tensor = output.last_hidden_state
         if tokens.dim() == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
@@ -139,8 +149,9 @@ class PretrainedVision:
     def encode(self, images: list[Image.Image]) -> Float[Tensor, "B P D"]:
         """Image tokens on the backbone's device."""
         parts: list[Tensor] = []
-        for start in range(0, len(images), BATCH):
-            tokens, pooled = self._native(images[start : start + BATCH])
+        batch = BATCH if self.device.type == "cpu" else GPU_BATCH
+        for start in range(0, len(images), batch):
+            tokens, pooled = self._native(images[start : start + batch])
             if self.projections is not None:
                 tokens, pooled = self.projections["tokens"](tokens), self.projections["pooled"](pooled)
             parts.append(torch.cat([tokens, pooled[:, None]], dim=1))
@@ -201,6 +212,10 @@ class PatchEncoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
 
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """Tokens of patches in row-major order; pixels as `to_pixels` gives them."""
         patches = F.unfold(pixels, self.patch_size, stride=self.patch_size).transpose(1, 2)
@@ -209,7 +224,7 @@ class PatchEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, images: list[Image.Image]) -> Float[Tensor, "B P D"]:
         """Image tokens on the encoder's device, without gradient."""
-        return self(to_pixels(images, self.image_size).to(self.positions.device))
+        return self(to_pixels(images, self.image_size).to(self.device))
 
     def fingerprint(self) -> str:
         """Hash of the weights: equal fingerprints, equal tokens."""
@@ -217,7 +232,7 @@ class PatchEncoder(nn.Module):
 
 
 def build_vision(config: VisionConfig) -> PretrainedVision | PatchEncoder:
-    """The image encoder of a config; both kinds have width, num_tokens, encode, fingerprint, state_dict and load_state_dict."""
+    """The image encoder of a config; both kinds have width, num_tokens, device, to, encode, fingerprint, and state dicts."""
     if config.backbone != "patches":
         return PretrainedVision(config.backbone, config.width)
     return PatchEncoder(config.width, config.image_size, config.patch_size, config.layers, config.heads)

@@ -129,6 +129,7 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
     torch.manual_seed(seed_of(config.seed, "alignment"))
     vision = build_vision(config.vision)
     if isinstance(vision, PretrainedVision):
+        vision.to(run.device)
         chosen = batch_indices(len(examples["train"]), min(PCA_IMAGES, len(examples["train"])), 0, config.seed, "pca")
         vision.fit_pca(examples["train"][i].image() for i in chosen)
     alignment = build_alignment(config, tokenizer, vision.width)

@@ -18,11 +18,11 @@ from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
 from ..utils.config import BaseConfig, ConfigError
 from ..utils.seeding import generator, seed_of
 from .alignment import shuffled_ids
-from .engine import Objective, Row
+from .engine import Objective, Row, to_device
 from .run import Run
 
 LENGTH_GROUPS = 4
-"""Groups of similar length that a batch is computed in."""
+"""Groups of similar length that a batch is computed in on a processor; a GPU takes as long for one of them as for all."""
 LENGTH_WEIGHT = 0.1
 """Weight of the length head's cross-entropy beside that of a token."""
 
@@ -59,8 +59,9 @@ def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tupl
 
     The captions are computed in groups of about the same length: the same losses without the columns that are padding in a whole group.
     """
+    groups = LENGTH_GROUPS if batch.x0.device.type == "cpu" else 1
     order = batch.length.argsort(stable=True)
-    losses = [_caption_loss(model, batch.rows(group), allowed) for group in order.chunk(LENGTH_GROUPS)]
+    losses = [_caption_loss(model, batch.rows(group), allowed) for group in order.chunk(groups)]
     nll, length = (torch.cat(parts)[order.argsort()] for parts in zip(*losses, strict=True))
     return nll, length
 
@@ -90,8 +91,8 @@ def validation_loss(model: DiffusionCaptionModel, corpus: Corpus, config: BaseCo
         caption_batch(corpus, rows[i : i + chunk], slice(None), config, generator(seed, "validation", i), False)
         for i in range(0, len(rows), chunk)
     ]
-    moved = (CaptionBatch(**{k: v.to(model.mask.device) for k, v in vars(part).items()}) for part in parts)
-    return float(torch.cat([caption_loss(model, part, model.allowed)[0] for part in moved]).mean())
+    losses = [caption_loss(model, to_device(part, model.mask.device), model.allowed)[0] for part in parts]
+    return float(torch.cat(losses).mean())
 
 
 def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:

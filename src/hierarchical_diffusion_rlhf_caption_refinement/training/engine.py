@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..utils.checkpoint import CheckpointError
@@ -44,6 +43,15 @@ class Log(Protocol):
 
 class NonFiniteError(ValueError):
     """A gradient was not finite; the weights are still those of the last good update."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass of tensors, batches and other things, with every tensor on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
+        return batch
+    return dataclasses.replace(batch, **{name: to_device(value, device) for name, value in vars(batch).items()})
 
 
 def lr_at(step: int, total: int, cfg: FitConfig) -> float:
@@ -83,7 +91,7 @@ class _Fit:
         for i in range(count):
             # Global randomness (dropout) is a function of the micro-batch, so a resumed fit replays it.
             seed_global(accelerator.device, self.seed, "micro-batch", first + i, accelerator.process_index)
-            batch = send_to_device(next(stream), accelerator.device)
+            batch = to_device(next(stream), accelerator.device)
             with accelerator.no_sync(model) if i + 1 < count else nullcontext():
                 loss, metrics = self.objective(model, batch)
                 accelerator.backward(loss / count)

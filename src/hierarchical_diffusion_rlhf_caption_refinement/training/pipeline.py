@@ -52,7 +52,7 @@ class Pipeline:
 
     @cached_property
     def eyes(self) -> Eyes:
-        return with_config(load_eyes(self.find("alignment"))[0], self.run.config)
+        return with_config(load_eyes(self.find("alignment"))[0], self.run.config).to(self.run.device)
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:

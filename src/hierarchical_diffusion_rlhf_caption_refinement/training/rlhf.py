@@ -353,10 +353,9 @@ def train_rlhf(
     config, path = run.config, run.config.models / FILES["rlhf"]
     policy, reference = build_denoiser(eyes), base.to(run.device).eval().requires_grad_(False)
     policy.load_state_dict(base.state_dict())
-    alignment = eyes.alignment.to(run.device) if isinstance(eyes.alignment, nn.Module) else eyes.alignment
     extra: dict[str, Any] = {"kl_weight": config.rlhf.kl, "over": []}
     state = run.state("rlhf", policy, config.rlhf.fit, extra)
-    trainer = Trainer(run, policy, reference, reward, alignment, words, corpora["train"], state.extra)
+    trainer = Trainer(run, policy, reference, reward, eyes.alignment, words, corpora["train"], state.extra)
     if "base" not in state.extra:
         sampled, _, _ = trainer.sample(reference, list(range(min(len(corpora["val"]), 128))), corpora["val"], "confidence")
         odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])

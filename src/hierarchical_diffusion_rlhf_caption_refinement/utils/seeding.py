@@ -54,6 +54,13 @@ def set_threads(threads: int) -> int:
     return threads
 
 
+def usable_device() -> torch.device:
+    """This process's GPU, else the processor."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def usable_precision(wanted: str) -> str:
     """`wanted`, unless that is bf16 on a processor that only emulates it, many times slower."""
     native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
