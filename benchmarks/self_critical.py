@@ -6,7 +6,7 @@ the reward: similar images' captions count, repetitions cost, and CLIP's score o
 is no KL.
 
     python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output out.json \\
-        rlhf.fit.epoch_size=1500 rlhf.fit.batch_size=16 rlhf.fit.lr=3e-5 rlhf.fit.ema_decay=0.9
+        start_from=models/flickr8k rlhf.fit.epoch_size=1500 rlhf.fit.batch_size=16 rlhf.fit.lr=3e-5 rlhf.fit.ema_decay=0.9
 
 needs the alignment stage and the weights that `peers.py --peer autoregressive --save ar.pt` left. Axes: N images, B captions, T words.
 """
@@ -79,8 +79,8 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             x0 = draw(model, image, settings.group, settings.temperature)
             logp = log_likelihood(model, x0, image, settings.temperature)
-        length = (x0 != END).sum(1)
-        reward = sparse(train, rows, Trajectory(x0, x0, length, logp.detach(), logp.detach(), length, None))  # read: words and lengths
+        length, blank = (x0 != END).sum(1), torch.zeros(x0.shape)
+        reward = sparse(train, rows, Trajectory(x0, x0, length, blank, blank, blank[:, 0], None))  # read: words and lengths
         worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
         loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()

@@ -122,6 +122,30 @@ def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd)
     assert found.err == "" and len(found.out.splitlines()) == 3
 
 
+@pytest.mark.slow
+def test_the_autoregressive_peer_is_refined_by_self_critical_training(photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(photographs)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    config, weights, found = (
+        ["--config", str(photographs / "collection/photographs.yaml")],
+        str(tmp_path / "ar.pt"),
+        tmp_path / "found.json",
+    )
+
+    def bench(name: str, *arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", [name, *config, *arguments, "--output", str(found)])
+        runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+
+    bench("peers.py", "--peer", "autoregressive", "--minutes", "0.02", "--save", weights)
+    start = json.loads(found.read_text())["test"]["greedy"]
+    bench("self_critical.py", "--start", weights, "rlhf.sparse=references", "rlhf.fit.epochs=3")
+    told = json.loads(found.read_text())
+    assert told["test"]["base"]["greedy"] == start
+    assert [row["step"] for row in told["curve"]] == [0, 2, 4, 6] and told["queries"] == 6 * 5 * 4  # updates, images, captions of each
+    bench("self_critical.py", "--start", weights, "rlhf.sparse=references", "rlhf.fit.lr=1e-30")  # too little to change anything
+    assert json.loads(found.read_text())["test"] == {"base": told["test"]["base"], "refined": told["test"]["base"]}
+
+
 def test_a_judge_that_had_no_part_in_the_training(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(photographs)
     judge = runpy.run_path(str(ROOT / "benchmarks/held_out_judge.py"))
