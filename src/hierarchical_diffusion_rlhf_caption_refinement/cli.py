@@ -146,8 +146,8 @@ def caption_fresh_images(config: Config, console: Console) -> None:
 
 def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Evaluate a trained captioner on its test images.")
-    parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--model-type", choices=["base", "rlhf"], default="rlhf")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="of a run: its base or its refined model")
+    parser.add_argument("--model-type", choices=["base", "rlhf"], default="rlhf", help="what the checkpoint is (default: rlhf)")
     parser.add_argument("--compare", type=Path, metavar="CHECKPOINT", help="another captioner on the same images; its type is its file's")
     parser.add_argument("--output", type=Path, help="folder for evaluation.json and report.html (default: results/evaluation_TYPE)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. sampler.steps=4")
@@ -243,8 +243,8 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
     add("--ext", default=".txt", help="suffix of text files (default: .txt)")
     add("--sidecar-name", choices=["stem", "full"], default="stem", help="a.txt or a.jpg.txt")
     add("--shard", metavar="I/N", help="only every N-th image, beginning with the I-th: 1/4, ..., 4/4")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=positive, default=32)
+    add("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    add("--batch-size", type=positive, default=32, help="images captioned together: speed for memory")
     add("--steps", type=positive, help="denoising steps")
     add("--threshold", type=float, help="reveal every token that is at least this confident at once")
     add(
@@ -254,7 +254,7 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
         help=f"captions drawn per image, at temperature={DRAWN} unless set; the best by reward stays",
     )
     add("--min-words", type=positive, default=1, help="whole sentences of at least so many words (min_words= counts tokens)")
-    add("--max-words", type=positive, default=0)
+    add("--max-words", type=positive, default=0, help="whole sentences of at most so many words")
     add("--must-include", action="append", default=[], metavar="WORDS", help="a phrase that every caption contains; repeatable")
     add("--ban", action="append", default=[], metavar="WORDS", help="a word or phrase that no caption contains; repeatable")
     add("--template", default="", help="'a photo of [MASK] on [MASK]': each [MASK] becomes one or more words, as many as are likeliest")
@@ -474,7 +474,7 @@ def _export_parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", type=Path, help="base or refined, with the reward model beside it and a model card")
     what.add_argument("--preferences", type=Path, metavar="FILE", help="recorded comparisons, as an imagefolder for TRL's DPOTrainer")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of the comparisons (default: their file's)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the files go")
     return parser
 
 

@@ -47,7 +47,9 @@ class FitConfig:
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: half a cosine to zero, or flat."""
     weight_decay: float = 0.01
+    """AdamW's; biases and norms do not decay."""
     max_grad_norm: float = 1.0
+    """Longer gradients are shortened to this norm; 0 leaves them as they are."""
     ema_decay: float = 0.0
     """Decay of the weight average that is evaluated and kept; 0 keeps the weights themselves."""
     patience: int = 0
@@ -79,7 +81,9 @@ class DataConfig:
     train: int = 8000
     """Training images: rendered by scenes, an upper limit elsewhere (0: all); no more images are fetched than the three numbers need."""
     val: int = 400
+    """Held-out images of the curves, by which weights are chosen; an upper limit like `train`."""
     test: int = 400
+    """Held-out images of the final figures alone; an upper limit, too."""
     captions_per_image: int = 3
     """Captions that scenes writes per image; other sources have their own."""
     max_words: int = 20
@@ -109,9 +113,11 @@ class VisionConfig:
     image_size: int = 64
     """Side in pixels of the square that `patches` reads; a pretrained backbone brings its own."""
     patch_size: int = 16
+    """Side in pixels of the patches that become an image token each."""
     layers: int = 1
     """Transformer layers of `patches`."""
     heads: int = 4
+    """Attention heads of `patches`."""
 
     def __post_init__(self) -> None:
         own = self.backbone == "patches"
@@ -124,14 +130,17 @@ class AlignmentConfig:
     pretrained: str = ""
     """Hugging Face CLIPModel id or directory; empty: train our own towers on the captions."""
     width: int = 128
+    """Width of the text tower."""
     layers: int = 1
     """Transformer layers of the text tower; 0 reads a caption as a bag of words."""
     heads: int = 4
+    """Attention heads of the text tower."""
     embed: int = 128
     """Width of the joint embedding space."""
     late_interaction: bool = True
     """Compare every word with every image token, too, while training: what an image encoder trained here needs to start at all."""
     dropout: float = 0.0
+    """Of the states and image tokens that the towers read, while they are trained."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
 
     def __post_init__(self) -> None:
@@ -147,9 +156,13 @@ class BaseConfig:
     lora_rank: int = 0
     """Rank of LoRA adapters on the backbone, whose own weights then stay (needs the extra `peft`); 0 trains everything."""
     width: int = 128
+    """Width of the token states."""
     layers: int = 3
+    """Transformer blocks, each with self-attention, attention to the image, and an MLP."""
     heads: int = 4
+    """Attention heads of a block."""
     dropout: float = 0.0
+    """While the base model is trained."""
     schedule: Schedule = "cosine"
     """How many tokens each training step reveals."""
     left_to_right: float = 0.3
@@ -174,7 +187,9 @@ class SamplerConfig:
     """Captioning for evaluation and prediction."""
 
     steps: int = 8
+    """Denoising steps of a caption; a search takes one for every word."""
     schedule: Schedule = "linear"
+    """How many tokens each step reveals."""
     order: Order = "spread"
     """Which positions come first; `confidence` has no closed-form probability and is for inference only."""
     temperature: float = 0.0
@@ -188,8 +203,9 @@ class SamplerConfig:
     remask: int = 0
     """Extra rounds that take back the least confident eighth of the words and write them again."""
     min_words: int = 1
+    """Shortest caption, in tokens."""
     max_words: int = 0
-    """Bounds on the length, in tokens; 0 means data.max_words."""
+    """Longest caption, in tokens; 0 means data.max_words."""
     beams: int = 1
     """Captions kept in the making by a beam search from the left, one word a step; 1 is greedy."""
     lengths: int = 1
@@ -262,9 +278,12 @@ class ShapingConfig:
     dense: Literal["leave_one_word_out", "step_potential", "caption"] = "step_potential"
     """Who earns CLIP's score: each word what it adds, each step what it adds, or every token all of it (no credit by token)."""
     credit: Literal["local", "to_go", "potential"] = "local"
+    """What a token gets of it: what its own step or word earned, that and all that came after, or minus the score of the draft it was
+    written into (potential: it cannot move the optimum)."""
     alpha_min: float = 0.1
+    """Least alpha, before it fades, when both weights are positive."""
     alpha_max: float = 0.9
-    """Bounds on alpha, before it fades, when both weights are positive."""
+    """Greatest alpha, likewise."""
 
     def __post_init__(self) -> None:
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
@@ -289,7 +308,9 @@ class RLHFConfig:
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
+    """Denoising steps of a rollout."""
     schedule: Schedule = "linear"
+    """How many tokens each step of a rollout reveals."""
     order: Order = "spread"
     """Order of the rollouts; it must not be `confidence`, whose probability has no closed form."""
     temperature: float = 0.5
@@ -327,6 +348,7 @@ class Config:
     run: str = "default"
     """Name of the run, from the config file's name if not given. `default` writes to models/ and results/, any other to folders in them."""
     seed: int = 0
+    """Of all that is random: scenes, first weights, batches, samples, simulated raters."""
     threads: int = 0
     """CPU threads; 0 takes the idle cores when a run starts, and a resumed run keeps what it had."""
     mixed_precision: Literal["no", "bf16"] = "no"
