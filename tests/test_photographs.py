@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import CLIPImageProcessorPil, ViTConfig, ViTModel
+from transformers import AutoModel, CLIPImageProcessorPil, ViTConfig, ViTModel
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene, write_caption
@@ -112,6 +112,12 @@ def test_a_photograph_is_captioned(photographs, tmp_path, monkeypatch):
     (row,) = json.loads(Path("found.json").read_text())
     assert row["caption"] and row["error"] is None and isinstance(row["reward"], float)
     assert row["tokens"] and set(row["caption"].split()) == {token["token"] for token in row["tokens"]}
+
+
+def test_the_networks_move_together(photographs, tmp_path):
+    assert cli.main(["export", "--checkpoint", str(photographs / "models/photographs/best_rlhf_model.pt"), "--output", str(tmp_path)]) == 0
+    eyes = AutoModel.from_pretrained(tmp_path).to("meta").parts.eyes
+    assert eyes.vision.device.type == "meta" and all(t.is_meta for t in (*eyes.vision.state_dict().values(), *eyes.alignment.parameters()))
 
 
 def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd):

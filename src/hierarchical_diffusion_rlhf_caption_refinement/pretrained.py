@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .data.text import PAD, UNKNOWN_WORD, words_and_owners
@@ -206,7 +206,7 @@ class CaptionRefiner(PreTrainedModel):
     def __init__(self, config: CaptionRefinerConfig, parts: Parts) -> None:
         super().__init__(config)
         self.parts, self.denoiser, self.reward = parts, parts.denoiser, parts.reward
-        self.vision = parts.eyes.vision if isinstance(parts.eyes.vision, nn.Module) else parts.eyes.vision.model
+        self.vision = parts.eyes.vision.networks if isinstance(parts.eyes.vision, PretrainedVision) else parts.eyes.vision
         self.alignment = parts.eyes.alignment
 
     def forward(self, input_ids: Tensor, step: Tensor, length: Tensor, image: Tensor) -> Prediction:

@@ -117,10 +117,13 @@ class PretrainedVision:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def networks(self) -> nn.ModuleList:
+        """The backbone and, where there is one, the projection."""
+        return nn.ModuleList(part for part in (self.model, self.projections) if part is not None)
+
     def to(self, device: torch.device | str) -> None:
-        self.model.to(device)
-        if self.projections is not None:
-            self.projections.to(device)
+        self.networks.to(device)
 
     @torch.no_grad()
     def _native(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
