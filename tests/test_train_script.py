@@ -175,6 +175,27 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     assert not (smoke / "models/sparse").exists()
 
 
+def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source, refined = ["--config", str(SMOKE), f"start_from={smoke / 'models/smoke'}"], smoke / "models/smoke/best_rlhf_model.pt"
+    rows = [
+        row for line in (smoke / "results/smoke/metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["stage"] == "rlhf"
+    ]
+    kept = max(rows, key=lambda row: row["val_judge"])
+    assert cli.train([*source, "run=again", "--stage", "rlhf", f"rlhf.start={refined}"]) == 0
+    begun = json.loads(Path("results/again/metrics.jsonl").read_text().splitlines()[0])
+    assert (begun["step"], begun["val_kl"]) == (0, pytest.approx(0, abs=1e-5))
+    assert [begun[name] for name in ("val_judge", "val_gold_utility")] == pytest.approx([kept["val_judge"], kept["val_gold_utility"]])
+    other = [*source[:2], "run=other", "seed=1", "data.train=64", "alignment.fit.epochs=1", "base.fit.epochs=1"]
+    assert cli.train([*other, "--stage", "base"]) == 0
+    capsys.readouterr()
+    assert cli.train([*source, "run=mixed", "--stage", "rlhf", "rlhf.start=models/other/best_base_model.pt"]) == 2
+    alignment = smoke / "models/smoke/alignment_model.pt"
+    assert capsys.readouterr().err == (
+        f"error: rlhf.start=models/other/best_base_model.pt: has other eyes or another vocabulary than {alignment}\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [

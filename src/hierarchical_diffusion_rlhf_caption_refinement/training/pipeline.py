@@ -13,7 +13,7 @@ from ..data.text import words_and_owners
 from ..evaluation.evaluate import agreement, build_corpus, preference, with_mirrored, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
-from ..models.saved import FILES, Eyes, Kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..models.saved import FILES, Eyes, Kind, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
 from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.runlog import write_json
@@ -133,6 +133,17 @@ class Pipeline:
         found, model, _ = load_denoiser(self.find("base"), "base")
         return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
 
+    def load_start(self) -> tuple[Eyes, DiffusionCaptionModel]:
+        """The captioner that RLHF begins with. Raises ConfigError if it sees or spells otherwise than this run."""
+        path = Path(self.run.config.rlhf.start)
+        if path == Path():
+            return self.load_base()
+        found, model, _ = load_denoiser(path, captioner_kind(path))
+        same = [(eyes.tokenizer.get_vocab(), eyes.vision.fingerprint()) for eyes in (found, self.eyes)]
+        if same[0] != same[1]:
+            raise ConfigError(f"rlhf.start={path}: has other eyes or another vocabulary than {self.find('alignment')}")
+        return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
+
     def reward(self) -> None:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
         (eyes, base), config = self.load_base(), self.run.config
@@ -178,7 +189,7 @@ class Pipeline:
 
     def rlhf(self) -> None:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
-        (eyes, base), config = self.load_base(), self.run.config
+        (eyes, start), config = self.load_start(), self.run.config
         corpora = self.with_mirrored_train() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
             train = self.corpora["train"]
@@ -186,4 +197,4 @@ class Pipeline:
         else:
             paths = self.find("reward"), config.sources / JUDGE
             reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)
-        train_rlhf(self.run, eyes, base, reward, judge, corpora, self.words)
+        train_rlhf(self.run, eyes, start, reward, judge, corpora, self.words)

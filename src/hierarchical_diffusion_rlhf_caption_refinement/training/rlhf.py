@@ -380,6 +380,7 @@ def train_rlhf(
     run.fit(
         "rlhf", state, config.rlhf.fit, len(corpora["train"]), batches, objective, evaluate=evaluate,
         better=("val_judge_unalarmed", "max"), best=best, stop=stop, boundary=config.rlhf.inner_updates,
-        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()} | {"rlhf.method": config.rlhf.method},
+        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()}
+        | {f"rlhf.{name}": getattr(config.rlhf, name) for name in ("method", "start")},
     )  # fmt: skip
     return path

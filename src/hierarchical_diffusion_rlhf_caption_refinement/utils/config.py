@@ -301,6 +301,8 @@ class RLHFConfig:
     method: Literal["policy_gradient", "distil"] = "policy_gradient"
     """How: the policy gradient of sampled captions; or distil: of nine captions that a search finds of each training image the best, by
     likelihood and the two rewards as `shaping` weighs them, is learned like one of the data set's (`sparse`, `neighbours`, `fit` count)."""
+    start: str = ""
+    """Checkpoint of the captioner that is refined and that the KL holds to, a refined one for a second round; empty: the base model."""
     sparse: Literal["preference", "references"] = "preference"
     """The sparse reward: the reward model of people's comparisons, or CIDEr-D with people's captions (no reward stage)."""
     neighbours: int = 20
