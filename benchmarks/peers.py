@@ -202,7 +202,7 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
     """The averaged weights with the best validation captions, of a run whose learning rate ends with its time."""
     fit, measure = config.base.fit, "utility" if corpora["val"].examples[0].scene else "cider_d"
     optimizer, ema = make_optimizer(model, fit), {k: v.clone() for k, v in model.state_dict().items()}
-    precision = usable_precision(config.mixed_precision)
+    precision = usable_precision(config.mixed_precision, torch.device("cpu"))
     step, spent, curve, best = 0, 0.0, [], {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     while spent < 60 * minutes:

@@ -70,7 +70,7 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
     settings, fit, train = config.rlhf, config.rlhf.fit, corpora["train"]
     sparse, optimizer = agreement(train, settings.neighbours, REPEATED), make_optimizer(model, fit)
     ema, best = ({k: v.clone() for k, v in model.state_dict().items()} for _ in range(2))
-    each, precision = steps_per_epoch(fit, len(train)), usable_precision(config.mixed_precision)
+    each, precision = steps_per_epoch(fit, len(train)), usable_precision(config.mixed_precision, torch.device("cpu"))
     curve = [{"step": 0} | judge(model, corpora["val"], SamplerConfig(), alignment)]
     for step in range(fit.epochs * each):
         torch.manual_seed(seed_of(config.seed, "self-critical", step))

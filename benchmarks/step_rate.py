@@ -33,10 +33,10 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Row, RunLog, StageLog, write_json
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads, usable_precision
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads, usable_device, usable_precision
 
 WARM = 5
-"""Updates of a stage before the first that is timed."""
+"""Updates of a stage before the first that is timed; the time of the very first is not taken."""
 STAGES = ("base", "reward", "rlhf")
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES: dict[str, dict[str, Any]] = {
@@ -134,7 +134,10 @@ class Meter(RunLog):
         with super().stage(name, total, resume_step, console) as log:
             watch = Stopwatch(log.run, log.name, log.progress, self.device, total)
             yield watch
-        found: Row = {"seconds_per_update": statistics.median(watch.seconds[WARM:]), "flops_per_update": watch.counter.get_total_flops()}
+        found: Row = {
+            "seconds_per_update": statistics.median(watch.seconds[WARM - 1 :]),
+            "flops_per_update": watch.counter.get_total_flops(),
+        }
         if self.device.type == "cuda":
             found["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.found[name] = found | {k: watch.facts[k] for k in ("mean_words",) if k in watch.facts}
@@ -170,7 +173,7 @@ def measured(config: Path, folder: Path, times: int, updates: int, overrides: li
         own |= {f"{stage}.fit.{key}": value for key, value in fit.items()}
     chosen = load_config([config], [f"{key}={value}" for key, value in own.items()] + overrides)
     set_threads(chosen.threads)
-    precision = usable_precision(chosen.mixed_precision)
+    precision = usable_precision(chosen.mixed_precision, usable_device())
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     meter, peak = Meter(chosen.results, accelerator.device), matrix_rate(accelerator.device, precision)
     Pipeline(Run(chosen, accelerator, meter, False)).train(["alignment", *STAGES])
@@ -185,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--times", type=int, nargs="+", default=[1], help="multiples of the configured batch")
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, default=40, help="of each stage, 8 or more")
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny: to see that it runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")

@@ -19,7 +19,11 @@ backend_registration._setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend", 0)
 torch.get_device_module(DEVICE).manual_seed = torch.default_generator.manual_seed
 MEET = ("aten::_to_copy", "aten::copy_")
-"""What may have tensors of both; an index may also be the processor's."""
+"""What may have tensors of both."""
+INDEXED = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl_", "aten::_unsafe_index")
+"""Of these the second argument, the indices, may be the processor's."""
+counted = {"computed": 0}
+"""Operations done here."""
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "empty.memory_format", "empty_strided")
 """What makes a tensor from numbers; without a tensor there is nothing by which PyTorch would find its way here."""
 
@@ -68,11 +72,12 @@ def indices(index: Any) -> Any:
 def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute on the processor. Raises RuntimeError where a GPU would."""
     name, tensors = op.name(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    here = [t for t in tensors if not isinstance(t, There) and t.dim() > 0]  # a number may be anywhere
-    if "index" in name:
-        here = here if tensors and not isinstance(tensors[0], There) else []
-    if here and len(here) < len(tensors) and not name.startswith(MEET):
-        raise RuntimeError(f"{name}: one tensor on {DEVICE}, another on {here[0].device}")
+    if not name.startswith(MEET):
+        indexed = name.startswith(INDEXED) and isinstance(args[0], There)
+        must = tree_leaves((args[0], args[2:])) if indexed else tensors
+        here = [t for t in must if isinstance(t, Tensor) and not isinstance(t, There) and t.dim() > 0]  # a number may be anywhere
+        if here and any(isinstance(t, There) for t in tensors):
+            raise RuntimeError(f"{name}: one tensor on {DEVICE}, another on {here[0].device}")
     known = {id(t.raw): t for t in tensors if isinstance(t, There)}
     args, kwargs = tree_map_only(There, lambda t: t.raw, (args, dict(kwargs)))
     kwargs.pop("pin_memory", None)
@@ -80,6 +85,7 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     found = op(*args, **kwargs)
+    counted["computed"] += bool(known)
     if device.type == "cpu" or (name == "aten::copy_" and not isinstance(tensors[0], There)):
         return found
     return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else There(t), found)
@@ -114,8 +120,11 @@ def main(commands: list[list[str]]) -> None:
     accelerate.Accelerator.device = property(lambda self: DEVICE)  # type: ignore[assignment, method-assign]
     seeding.usable_device = summary.usable_device = lambda: DEVICE
     for command in commands:
+        before = counted["computed"]
         if code := cli.main(command):
             sys.exit(f"{command}: {code}")
+        if counted["computed"] - before < 1000:
+            sys.exit(f"{command}: was not done on {DEVICE}")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,17 @@ def test_captions_are_those_of_the_processor(smoke, images):
 
 
 def test_what_a_gpu_refuses_is_refused():
-    code = "import accelerator, torch\nx = torch.ones(2).to(accelerator.DEVICE)\nassert (x * 2).tolist() == [2, 2]\nx + torch.ones(2)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "RuntimeError: aten::add.Tensor: one tensor on pretend:0, another on cpu"
+    start = (
+        "import accelerator, torch\nx = torch.ones(2).to(accelerator.DEVICE)\nx[torch.tensor([0])] = 3\nassert (x * 2).tolist() == [6, 2]\n"
+    )
+    for name, wrong in {
+        "add.Tensor": "x + torch.ones(2)",
+        "index_select": "x.index_select(0, torch.tensor([0]))",
+        "index_put_": "x[torch.tensor([0, 1])] = torch.ones(2)",
+        "index.Tensor": "torch.ones(2)[torch.tensor([0]).to(x.device)]",
+    }.items():
+        done = subprocess.run([sys.executable, "-c", start + wrong], cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == f"RuntimeError: aten::{name}: one tensor on pretend:0, another on cpu"
 
 
 @pytest.mark.slow

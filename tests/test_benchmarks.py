@@ -123,8 +123,6 @@ def test_twice_the_batch_is_twice_the_work(bench):
     once, twice = (row["stages"] for row in json.loads(Path("rate.json").read_text())["times"].values())
     assert once.keys() == twice.keys() == {"base", "reward", "rlhf"}
     assert twice["reward"]["flops_per_update"] == 2 * once["reward"]["flops_per_update"] > 0
-    for row in (*once.values(), *twice.values()):
-        assert row["samples_per_second"] == pytest.approx(row["samples_per_update"] / row["seconds_per_update"])
 
 
 @pytest.mark.slow

@@ -144,9 +144,10 @@ def test_the_autoregressive_peer_is_refined_by_self_critical_training(photograph
 
     bench("peers.py", "--peer", "autoregressive", "--minutes", "0.02", "--save", weights)
     start = json.loads(found.read_text())["test"]["greedy"]
-    bench("self_critical.py", "--start", weights, "rlhf.sparse=references", "rlhf.fit.epochs=3")
+    bench("self_critical.py", "--start", weights, "rlhf.sparse=references", "rlhf.fit.epochs=3", "rlhf.fit.lr=0.02")
     told = json.loads(found.read_text())
     assert told["test"]["base"]["greedy"] == start
+    assert told["curve"][-1]["cider_d"] != told["curve"][0]["cider_d"]
     assert [row["step"] for row in told["curve"]] == [0, 2, 4, 6] and told["queries"] == 6 * 5 * 4  # updates, images, captions of each
     bench("self_critical.py", "--start", weights, "rlhf.sparse=references", "rlhf.fit.lr=1e-30")  # too little to change anything
     assert json.loads(found.read_text())["test"] == {"base": told["test"]["base"], "refined": told["test"]["base"]}

@@ -329,7 +329,7 @@ class Captioner:
         orders, width = self.orders(wishes), self.model.max_length
         every = range(plan.min_words, min(plan.max_words or width, width) + 1)
         near = [n for n in every if abs(n - length) <= NEAR]
-        bold = replace(plan.plain, temperature=max(plan.temperature, 1.0))
+        bold = replace(plan.plain, temperature=max(plan.temperature, 1.0), candidates=plan.candidates)
         for lengths, banned, how in (
             (near, orders.banned, plan), (near, orders.strict, plan), (every, orders.strict, plan), (every, orders.strict, bold),
         ):  # fmt: skip

@@ -58,12 +58,12 @@ def _train(args: argparse.Namespace) -> int:
 
     from .training.pipeline import Pipeline
     from .training.run import Run
-    from .utils.seeding import set_threads, usable_precision
+    from .utils.seeding import set_threads, usable_device, usable_precision
 
     threads = set_threads(config.threads or (kept_threads(config) if args.resume else 0))
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
-    precision = usable_precision(config.mixed_precision)
+    precision = usable_precision(config.mixed_precision, usable_device())
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[unused], **trackers)
     if config.track:
         accelerator.init_trackers(config.run)

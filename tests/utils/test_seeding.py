@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from hierarchical_diffusion_rlhf_caption_refinement.utils import seeding
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator, seed_global, seed_of, set_threads, usable_precision
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import (
+    generator,
+    seed_global,
+    seed_of,
+    set_threads,
+    usable_device,
+    usable_precision,
+)
 
 
 def test_seed_is_the_same_in_every_process():
@@ -59,10 +66,20 @@ def test_work_that_goes_on_is_seen():
         spin.wait()
 
 
-@pytest.mark.parametrize(("cuda", "native", "wanted", "found"), [
-    (False, False, "bf16", "no"), (False, True, "bf16", "bf16"), (True, False, "bf16", "bf16"), (False, False, "no", "no"),
+@pytest.mark.parametrize(("device", "native", "wanted", "found"), [
+    ("cpu", False, "bf16", "no"), ("cpu", True, "bf16", "bf16"), ("cpu", False, "no", "no"),
+    ("cuda", False, "bf16", "no"), ("cuda", True, "bf16", "bf16"), ("cuda", True, "no", "no"),
 ])  # fmt: skip
-def test_bf16_is_not_emulated(monkeypatch, cuda, native, wanted, found):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    assert usable_precision(wanted) == found
+def test_bf16_is_not_emulated(monkeypatch, device, native, wanted, found):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and device == "cuda")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native and device == "cpu")
+    assert usable_precision(wanted, torch.device(device)) == found
+
+
+def test_every_process_takes_its_own_gpu(monkeypatch):
+    assert usable_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert usable_device() == torch.device("cuda", 1)

@@ -24,6 +24,7 @@ from ..utils.config import VisionConfig
 BATCH = 4
 """Images per pass of a backbone on CPU: larger batches are slower, because their buffers are mapped anew at every layer."""
 GPU_BATCH = 64
+"""On a GPU, small ones are."""
 WHITENING = 0.1
 """Ridge of the whitening, in mean variances of the kept components: strong components come out equal, weak ones stay weaker."""
 

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ..evaluation.summary import evaluate_checkpoint, win_rate
@@ -13,7 +12,7 @@ from ..models.saved import FILES
 from ..utils.config import flat, to_plain
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog, write_json
-from ..utils.seeding import set_threads
+from ..utils.seeding import set_threads, usable_device, usable_precision
 from .pipeline import Pipeline
 from .run import Run
 
@@ -44,7 +43,9 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     if job.needs and not config.start_from:
         take(Path("models/ablation") / grid.name / job.needs[-1], config.models)
     log = RunLog(config.results)
-    pipeline = Pipeline(Run(config, Accelerator(cpu=not torch.cuda.is_available()), log, True, CACHE))
+    device = usable_device()
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=usable_precision(config.mixed_precision, device))
+    pipeline = Pipeline(Run(config, accelerator, log, True, CACHE))
     pipeline.train(job.stages)
     if job.arm:
         write_json(record_path(output, job), record(grid, job, log, pipeline.times()), indent=None)

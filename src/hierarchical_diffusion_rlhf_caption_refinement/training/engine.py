@@ -160,7 +160,7 @@ def _improves(record: float | None, row: Row, better: Better) -> bool:
 def _hold_to_plan(state: TrainState, plan: dict[str, Any], last: Path | None) -> None:
     """Raises CheckpointError if the state was trained with other settings: it could not go on as it began."""
     for name, value in plan.items():
-        if name != "save_every" and state.plan and state.plan.get(name) != value:
+        if name != "save_every" and state.plan and state.plan.get(name, value) != value:
             raise CheckpointError(
                 f"{last or 'this state'}: was trained with {name}={state.plan.get(name)}, now it is {value}; remove it to start over"
             )

@@ -135,12 +135,12 @@ class Pipeline:
 
     def load_start(self) -> tuple[Eyes, DiffusionCaptionModel]:
         """The captioner that RLHF begins with. Raises ConfigError if it sees or spells otherwise than this run."""
-        path = Path(self.run.config.rlhf.start)
-        if path == Path():
+        if not self.run.config.rlhf.start:
             return self.load_base()
+        path = Path(self.run.config.rlhf.start)
         found, model, _ = load_denoiser(path, captioner_kind(path))
-        same = [(eyes.tokenizer.get_vocab(), eyes.vision.fingerprint()) for eyes in (found, self.eyes)]
-        if same[0] != same[1]:
+        its, own = ((eyes.tokenizer.get_vocab(), eyes.vision.fingerprint()) for eyes in (found, self.eyes))
+        if its != own:
             raise ConfigError(f"rlhf.start={path}: has other eyes or another vocabulary than {self.find('alignment')}")
         return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
 
@@ -182,7 +182,7 @@ class Pipeline:
         """Put the score's zero and unit on the base model's captions of validation images, several of an image where there are few."""
         corpus, config, device = self.corpora["val"], self.run.config, self.run.device
         rows = list(range(min(len(corpus), CENTRED)))
-        plan = replace(config.sampler.plain, temperature=1.0, order="random", candidates=1, guidance=1.0, threshold=0.0, remask=0)
+        plan = replace(config.sampler.plain, temperature=1.0, order="random", guidance=1.0, threshold=0.0, remask=0)
         t = write_captions(reward.evidence.denoiser, corpus, rows, plan, config.seed, group=-(-CENTRED // len(rows))).trajectory
         scores = reward.members(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint[rows].to(device))
         reward.set_base(scores[..., 0])

@@ -316,7 +316,7 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     and KL and entropy of the rollout policy there."""
     config = trainer.config
     rows = list(range(len(corpus)))
-    written = write_captions(policy, corpus, rows, replace(config.sampler.plain, candidates=1), config.seed)
+    written = write_captions(policy, corpus, rows, config.sampler.plain, config.seed)
     worth = {name: float(of(corpus, rows, written.trajectory).mean()) for name, of in {"reward": trainer.reward, "judge": judge}.items()}
     facts = worth | drift(trainer, policy, corpus, rows[:DRIFT_IMAGES])
     gold = gold_of(corpus.examples)

@@ -83,7 +83,7 @@ class DataConfig:
     val: int = 400
     """Held-out images of the curves, by which weights are chosen; an upper limit like `train`."""
     test: int = 400
-    """Held-out images of the final figures alone; an upper limit, too."""
+    """Held-out images of the final figures, likewise; the reward learns from people's ratings and comparisons of them, if any."""
     captions_per_image: int = 3
     """Captions that scenes writes per image; other sources have their own."""
     max_words: int = 20
@@ -140,7 +140,7 @@ class AlignmentConfig:
     late_interaction: bool = True
     """Compare every word with every image token, too, while training: what an image encoder trained here needs to start at all."""
     dropout: float = 0.0
-    """Of the states and image tokens that the towers read, while they are trained."""
+    """In the text tower and of the image tokens, while they are trained."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
 
     def __post_init__(self) -> None:
@@ -187,7 +187,7 @@ class SamplerConfig:
     """Captioning for evaluation and prediction."""
 
     steps: int = 8
-    """Denoising steps of a caption; a search takes one for every word."""
+    """Denoising steps of a caption, at most one for every token."""
     schedule: Schedule = "linear"
     """How many tokens each step reveals."""
     order: Order = "spread"
@@ -234,8 +234,8 @@ class SamplerConfig:
 
     @property
     def plain(self) -> "SamplerConfig":
-        """The same without a search: for training's curves, which are about the model, and many."""
-        return replace(self, beams=1, lengths=1, clip=0.0, both_ways=False)
+        """The same without a search or a choice: for training's curves, which are about the model, and many."""
+        return replace(self, beams=1, lengths=1, clip=0.0, both_ways=False, candidates=1)
 
 
 @dataclass(frozen=True)
@@ -278,8 +278,8 @@ class ShapingConfig:
     dense: Literal["leave_one_word_out", "step_potential", "caption"] = "step_potential"
     """Who earns CLIP's score: each word what it adds, each step what it adds, or every token all of it (no credit by token)."""
     credit: Literal["local", "to_go", "potential"] = "local"
-    """What a token gets of it: what its own step or word earned, that and all that came after, or minus the score of the draft it was
-    written into (potential: it cannot move the optimum)."""
+    """What a token gets of it: `local`: what its own step or word earned; `to_go`: that and all that came after; `potential`: minus the
+    score of the draft it was written into, which cannot move the optimum."""
     alpha_min: float = 0.1
     """Least alpha, before it fades, when both weights are positive."""
     alpha_max: float = 0.9
@@ -310,7 +310,7 @@ class RLHFConfig:
     group: int = 6
     """Captions sampled per image and compared with each other."""
     steps: int = 8
-    """Denoising steps of a rollout."""
+    """Denoising steps of a rollout, at most one for every token."""
     schedule: Schedule = "linear"
     """How many tokens each step of a rollout reveals."""
     order: Order = "spread"

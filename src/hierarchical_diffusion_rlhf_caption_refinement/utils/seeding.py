@@ -61,7 +61,8 @@ def usable_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def usable_precision(wanted: str) -> str:
-    """`wanted`, unless that is bf16 on a processor that only emulates it, many times slower."""
-    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def usable_precision(wanted: str, device: torch.device) -> str:
+    """`wanted`, unless that is bf16 on a device that only emulates it: many times slower on a processor."""
+    gpu = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "no" if wanted == "bf16" and not native else wanted
