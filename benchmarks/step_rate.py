@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -29,15 +28,17 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, GPT2Confi
 
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import sample_scene, write_caption
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, start_accelerator
 from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Row, RunLog, StageLog, write_json
-from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads, usable_device, usable_precision
+from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads
 
 WARM = 5
 """Updates of a stage before the first that is timed; the time of the very first is not taken."""
 STAGES = ("base", "reward", "rlhf")
+TOLD = ("mean_words",)
+"""What the record keeps of the last update's own metrics."""
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"gpt2": {}, "clip": {}, "words": 60000},  # transformers' defaults: GPT-2 small, ViT-B/32
@@ -111,7 +112,7 @@ class Stopwatch(StageLog):
         now = settled(self.device)
         if row["step"] == self.last:
             self.counter.__exit__(None, None, None)
-            self.facts.update(row)
+            self.facts.update({name: row[name] for name in TOLD if name in row})
         elif self.started:
             self.seconds.append(now - self.started[-1])
         if row["step"] == self.last - 1:
@@ -140,7 +141,7 @@ class Meter(RunLog):
         }
         if self.device.type == "cuda":
             found["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.found[name] = found | {k: watch.facts[k] for k in ("mean_words",) if k in watch.facts}
+        self.found[name] = found | watch.facts
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
@@ -173,8 +174,8 @@ def measured(config: Path, folder: Path, times: int, updates: int, overrides: li
         own |= {f"{stage}.fit.{key}": value for key, value in fit.items()}
     chosen = load_config([config], [f"{key}={value}" for key, value in own.items()] + overrides)
     set_threads(chosen.threads)
-    precision = usable_precision(chosen.mixed_precision, usable_device())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    accelerator = start_accelerator(chosen)
+    precision = accelerator.mixed_precision
     meter, peak = Meter(chosen.results, accelerator.device), matrix_rate(accelerator.device, precision)
     Pipeline(Run(chosen, accelerator, meter, False)).train(["alignment", *STAGES])
     for stage, row in meter.found.items():

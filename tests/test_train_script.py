@@ -192,9 +192,7 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     capsys.readouterr()
     assert cli.train([*source, "run=mixed", "--stage", "rlhf", "rlhf.start=models/other/best_base_model.pt"]) == 2
     alignment = smoke / "models/smoke/alignment_model.pt"
-    assert capsys.readouterr().err == (
-        f"error: rlhf.start=models/other/best_base_model.pt: has other eyes or another vocabulary than {alignment}\n"
-    )
+    assert capsys.readouterr().err == (f"error: models/other/best_base_model.pt: has other eyes or another vocabulary than {alignment}\n")
 
 
 @pytest.mark.parametrize(

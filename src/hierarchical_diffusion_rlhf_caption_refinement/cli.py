@@ -53,23 +53,21 @@ def _train(args: argparse.Namespace) -> int:
     config = _read_config(args)
     if config.start_from and args.stage == "all":
         raise ConfigError("start_from: which stage is to build on it? --stage says; a whole run makes its own models")
-    import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import DistributedDataParallelKwargs
 
     from .training.pipeline import Pipeline
-    from .training.run import Run
-    from .utils.seeding import set_threads, usable_device, usable_precision
+    from .training.run import Run, start_accelerator
+    from .utils.seeding import set_threads
 
     threads = set_threads(config.threads or (kept_threads(config) if args.resume else 0))
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
-    precision = usable_precision(config.mixed_precision, usable_device())
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[unused], **trackers)
+    accelerator = start_accelerator(config, kwargs_handlers=[unused], **trackers)
     if config.track:
         accelerator.init_trackers(config.run)
     log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
     if accelerator.is_main_process:
-        write_json(config.results / "config.json", to_plain(config) | {"threads": threads, "mixed_precision": precision})
+        write_json(config.results / "config.json", to_plain(config) | {"threads": threads, "mixed_precision": accelerator.mixed_precision})
     pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
     pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
     if accelerator.is_main_process:

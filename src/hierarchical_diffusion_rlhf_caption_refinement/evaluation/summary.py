@@ -59,7 +59,8 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     Raises CheckpointError.
     """
     eyes, model, _ = load_denoiser(path, kind)
-    eyes, model = eyes.to(device := usable_device()), model.to(device)
+    device = usable_device()
+    eyes, model = eyes.to(device), model.to(device)
     config = config or eyes.config
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
     beside = find_reward(path, eyes.config)

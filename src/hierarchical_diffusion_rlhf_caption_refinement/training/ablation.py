@@ -5,16 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from ..evaluation.summary import evaluate_checkpoint, win_rate
 from ..models.saved import FILES
 from ..utils.config import flat, to_plain
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog, write_json
-from ..utils.seeding import set_threads, usable_device, usable_precision
+from ..utils.seeding import set_threads
 from .pipeline import Pipeline
-from .run import Run
+from .run import Run, start_accelerator
 
 CACHE = Path("cache")
 CURVE = ("gold_utility", "gold_accuracy", "gold_fluency", "gold_mean_words", "kl", "entropy", "reward", "judge", "alarms")
@@ -43,9 +41,7 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     if job.needs and not config.start_from:
         take(Path("models/ablation") / grid.name / job.needs[-1], config.models)
     log = RunLog(config.results)
-    device = usable_device()
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=usable_precision(config.mixed_precision, device))
-    pipeline = Pipeline(Run(config, accelerator, log, True, CACHE))
+    pipeline = Pipeline(Run(config, start_accelerator(config), log, True, CACHE))
     pipeline.train(job.stages)
     if job.arm:
         write_json(record_path(output, job), record(grid, job, log, pipeline.times()), indent=None)

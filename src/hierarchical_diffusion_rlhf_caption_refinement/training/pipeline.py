@@ -128,25 +128,17 @@ class Pipeline:
         mirror, train = self.run.config.base.mirror, self.corpora["train"]
         return self.corpora | {"train": with_mirrored(train, self.eyes, self.run.cache) if mirror else train}
 
-    def load_base(self) -> tuple[Eyes, DiffusionCaptionModel]:
-        """The base model, and the eyes with the shape that it was trained in."""
-        found, model, _ = load_denoiser(self.find("base"), "base")
-        return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
-
-    def load_start(self) -> tuple[Eyes, DiffusionCaptionModel]:
-        """The captioner that RLHF begins with. Raises ConfigError if it sees or spells otherwise than this run."""
-        if not self.run.config.rlhf.start:
-            return self.load_base()
-        path = Path(self.run.config.rlhf.start)
+    def load_captioner(self, path: Path) -> tuple[Eyes, DiffusionCaptionModel]:
+        """A base or refined model, and the eyes with the shape that it was trained in. Raises ConfigError if its eyes are others."""
         found, model, _ = load_denoiser(path, captioner_kind(path))
         its, own = ((eyes.tokenizer.get_vocab(), eyes.vision.fingerprint()) for eyes in (found, self.eyes))
         if its != own:
-            raise ConfigError(f"rlhf.start={path}: has other eyes or another vocabulary than {self.find('alignment')}")
+            raise ConfigError(f"{path}: has other eyes or another vocabulary than {self.find('alignment')}")
         return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
 
     def reward(self) -> None:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
-        (eyes, base), config = self.load_base(), self.run.config
+        (eyes, base), config = self.load_captioner(self.find("base")), self.run.config
         evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
         found = self.judgements(base)
         smoothing = smoothing_from(found.rater_agreement)
@@ -189,7 +181,8 @@ class Pipeline:
 
     def rlhf(self) -> None:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
-        (eyes, start), config = self.load_start(), self.run.config
+        config = self.run.config
+        eyes, start = self.load_captioner(Path(config.rlhf.start) if config.rlhf.start else self.find("base"))
         corpora = self.with_mirrored_train() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
             train = self.corpora["train"]

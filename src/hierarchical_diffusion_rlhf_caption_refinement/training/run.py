@@ -12,6 +12,7 @@ from torch import nn
 from ..data.streams import batch_indices, share, stream
 from ..utils.config import Config, FitConfig, Stage
 from ..utils.runlog import RunLog
+from ..utils.seeding import usable_device, usable_precision
 from .engine import Better, Evaluate, Objective, Row, Stop, fit
 from .state import TrainState, make_optimizer
 
@@ -89,6 +90,12 @@ class Run:
                 boundary=boundary,
                 held=held,
             )
+
+
+def start_accelerator(config: Config, **options: Any) -> Accelerator:
+    """On this process's GPU or the processor, in the configured precision where the device has it; `options` are accelerate's."""
+    device = usable_device()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=usable_precision(config.mixed_precision, device), **options)
 
 
 def steps_per_epoch(cfg: FitConfig, count: int, boundary: int = 1) -> int:
