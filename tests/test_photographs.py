@@ -90,6 +90,12 @@ def test_the_reward_model_learns_from_ratings(photographs):
     assert list(report["curve"]) == sorted({"5", str(counts["train"])}, key=int)
 
 
+def test_a_second_round(photographs, monkeypatch):
+    monkeypatch.chdir(photographs)
+    again = ["--stage", "rlhf", "run=again", "start_from=models/photographs", "rlhf.start=models/photographs/best_rlhf_model.pt"]
+    assert cli.train(["--config", str(photographs / "collection/photographs.yaml"), *again]) == 0
+
+
 def test_evaluate_and_compare(photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(photographs)
     names = [f"models/photographs/best_{kind}_model.pt" for kind in ("rlhf", "base")]

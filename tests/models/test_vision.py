@@ -105,6 +105,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_not_used(tmp_path: Path) -> None:
     one, two = PretrainedVision(folder), PretrainedVision(folder)
     features = one.encode(pictures(2))
     torch.testing.assert_close(features, two.encode(pictures(2)))
+    assert one.fingerprint() == two.fingerprint()  # or features would be computed anew at every start
     torch.testing.assert_close(features[:, -1], features[:, :-1].mean(1))
 
 

@@ -112,7 +112,7 @@ class PretrainedVision:
         projections = {kind: Projection(self._native_width, self.width) for kind in ("tokens", "pooled")}
         self.projections: nn.ModuleDict | None = nn.ModuleDict(projections) if width else None
         settings = {key: str(value) for key, value in self.processor.to_dict().items() if not key.endswith(("_type", "_class"))}
-        self._identity = _digest(self.model.state_dict().items(), type(self.model).__name__, json.dumps(settings, sort_keys=True))
+        self._identity = _digest(self.weights().items(), type(self.model).__name__, json.dumps(settings, sort_keys=True))
 
     @property
     def device(self) -> torch.device:
@@ -169,10 +169,13 @@ class PretrainedVision:
         if self.projections is not None:
             self.projections.load_state_dict(state)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The backbone's, without a pooler that the checkpoint lacks."""
+        return {name: value for name, value in self.model.state_dict().items() if self.pooler or "pooler" not in name}
+
     def save_backbone(self, folder: Path) -> None:
         """As a Hugging Face directory with its image processor."""
-        state = {name: value for name, value in self.model.state_dict().items() if self.pooler or "pooler" not in name}
-        self.model.save_pretrained(folder, state_dict=state)
+        self.model.save_pretrained(folder, state_dict=self.weights())
         self.processor.save_pretrained(folder)
 
     def fingerprint(self) -> str:
