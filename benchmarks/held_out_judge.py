@@ -51,7 +51,7 @@ CACHE, HELD_OUT = Path("cache"), 200
 def other_eyes(config: Config, examples: list) -> tuple:
     """The run's eyes, and the same with an alignment model of the judge's own."""
     eyes, _ = load_eyes(config.sources / FILES["alignment"])
-    own = replace(config, run="held_out_judge", start_from="")
+    own = replace(config, run=f"{config.run}_held_out_judge", start_from="")
     run = Run(own, Accelerator(cpu=True), RunLog(own.results), False, CACHE)
     run.config.models.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed + 1)
