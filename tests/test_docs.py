@@ -132,7 +132,7 @@ SMALL = [*settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encodi
 """One process keeps its precision."""
 
 
-A_FEW_TESTS = "-q -p no:cacheprovider -k 'shaping or links_lead_somewhere'"
+A_FEW_TESTS = "-q -n 0 -p no:cacheprovider -k 'shaping or links_lead_somewhere'"
 
 
 def small_make(words: list[str], env: dict[str, str]) -> int:
