@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.ablation import (
+    alarmed,
     budget_share,
     captions_until,
     kept_row,
@@ -66,6 +67,9 @@ def test_the_judge_keeps_no_weights_with_an_alarm():
     one["rows"][2]["alarms"] = 1.0
     del one["rows"][0]["alarms"]  # the base model's row
     assert kept_row(one)["epoch"] == 1
+    assert alarmed([one, record("a", 1, [0.5], np.ones(3))]) == "1 of 2"
+    one["rows"][2]["alarm_entropy_floor"] = 1.0
+    assert alarmed([one]) == "1 of 1: entropy floor"
 
 
 def test_the_page_has_a_line_per_arm_with_its_command_and_pictures(tmp_path: Path):

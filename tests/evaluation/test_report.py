@@ -150,8 +150,10 @@ def test_the_kept_weights_are_those_the_judge_likes_best(report, tmp_path):
     assert "epoch 6, 5.4 nats" in report.read_text(encoding="utf-8")
     rows = [row | {"val_judge": -float(row["epoch"])} for row in made_up_rows() if row["stage"] == "rlhf"]
     assert "epoch 0, " in page_of(tmp_path, rows), "nothing is better than the base model"
-    alarmed = [row | {"val_alarms": float(row["epoch"] > 4)} for row in made_up_rows() if row["stage"] == "rlhf"]
-    assert "epoch 4, " in page_of(tmp_path / "alarmed", alarmed)
+    rung = {"val_alarms": 1.0, "val_alarm_bad_endings": 1.0}
+    alarmed = [row | (rung if row["epoch"] > 4 else {}) for row in made_up_rows() if row["stage"] == "rlhf"]
+    page = page_of(tmp_path / "alarmed", alarmed)
+    assert "epoch 4, " in page and page.count("Alarm: ") == 1 and "Alarm: bad endings, first in epoch 5." in page
 
 
 def test_captions_are_text_and_never_markup(tmp_path):

@@ -385,7 +385,7 @@ def test_alarms_ring_for_what_goes_wrong_and_only_then() -> None:
     wrong = {"repetition": 0.2, "mean_words": 12.0, "distinct_2": 0.1, "bad_endings": 0.2, "entropy": 0.1}
     for key, value in wrong.items():
         assert len(alarms(base | {key: value}, base)) == 1
-    assert alarms(base | wrong, base) == ["repetition", "length drift", "narrow vocabulary", "bad endings", "entropy floor"]
+    assert alarms(base | wrong, base) == ["repetition", "length_drift", "narrow_vocabulary", "bad_endings", "entropy_floor"]
 
 
 def test_log_odds_and_correlation() -> None:
@@ -404,6 +404,7 @@ def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, m
     rows = run.log.rows("rlhf")
     _, kept, facts = load_denoiser(path, "rlhf")
     judged = [row["val_judge"] for row in rows]
+    assert [row.get("val_alarm_repetition") for row in rows[1:]] == [1.0 if alarmed else None] * 3
     best = 0 if alarmed else judged.index(max(judged))
     assert len(rows) == 4 and facts["row"]["epoch"] == best
     other = run_of(run.config, shaping=ShapingConfig(clip_weight=0.0), resume=True)

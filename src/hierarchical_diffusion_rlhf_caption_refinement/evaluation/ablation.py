@@ -112,9 +112,16 @@ def line(name: str, arm: Arm, baseline: Arm, command: str) -> list[str]:
         f"{mean(arm, lambda r: kept_row(r)['kl']):.1f}", f"{share:.2f}" if math.isfinite(share) else "not reached",
         f"{mean(arm, lambda r: r['rows'][-1]['seconds'] / 60):.1f}", f"{mean(arm, lambda r: gold_curve(r)[1][-1]):.3f}",
         f"{np.mean(ends):.3f}, {min(ends):.3f}", f"{sum(end < 0.95 for end in ends)} of {len(ends)}",
-        f"{sum(any(row.get('alarms') for row in r['rows']) for r in arm)} of {len(arm)}",
+        alarmed(arm),
         f"{sum(bool(r['rows'][-1].get('stopped')) for r in arm)} of {len(arm)}", f"`{command}`",
     ]  # fmt: skip
+
+
+def alarmed(arm: Arm) -> str:
+    """How many seeds raised an alarm, and which; older records do not tell which."""
+    count = sum(any(row.get("alarms") for row in r["rows"]) for r in arm)
+    names = sorted({key[6:].replace("_", " ") for r in arm for row in r["rows"] for key in row if key.startswith("alarm_")})
+    return f"{count} of {len(arm)}" + (f": {', '.join(names)}" if names else "")
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

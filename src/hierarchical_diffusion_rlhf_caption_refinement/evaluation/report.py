@@ -205,6 +205,12 @@ def learning_curves(folder: Path, rows: list[Row]) -> str:
     return f'{"".join(stops)}<div class="grid">{"".join(pictures)}</div>' if pictures else ""
 
 
+def alarms_of(rows: list[Row]) -> dict[str, int]:
+    """Every alarm that rang, in words, and the first epoch in which it did."""
+    rung = [(key, row["epoch"]) for row in reversed(rows) for key in row if key.startswith("val_alarm_")]
+    return {key.removeprefix("val_alarm_").replace("_", " "): epoch for key, epoch in rung}
+
+
 def overoptimisation(folder: Path, rows: list[Row]) -> str:
     """Proxies and hidden quality against the distance from the base model; the weights that were kept are marked."""
     found = [row for row in rows if row["stage"] == "rlhf" and {"val_kl", "val_judge"} <= row.keys()]
@@ -229,6 +235,8 @@ def overoptimisation(folder: Path, rows: list[Row]) -> str:
     panels[-1].set_xlabel("distance from the base model: √KL, √nats per caption")
     text = f"Kept were the weights without an alarm whose captions the judge likes best: epoch {kept['epoch']}, "
     text += f"{spell(kept['val_kl'])} nats per caption."
+    for name, epoch in alarms_of(found).items():
+        text += f" Alarm: {name}, first in epoch {epoch}."
     why = " If the proxy rises while the hidden quality falls, the reward is being gamed." if gold else ""
     return f"<p>{text}{why}</p>" + picture(folder / "gold_and_proxy.png", figure, "Proxy and gold against √KL")
 

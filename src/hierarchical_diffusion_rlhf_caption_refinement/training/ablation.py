@@ -61,7 +61,8 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
     if refined.gold is None or base.gold is None:
         raise ValueError("an ablation needs captions whose true quality is known: data.source=scenes")
     rows = [
-        {k: row[k] for k in ("epoch", "step", "seconds", "stopped") if k in row} | {k: row[f"val_{k}"] for k in CURVE if f"val_{k}" in row}
+        {k: row[k] for k in ("epoch", "step", "seconds", "stopped") if k in row}
+        | {k[4:]: v for k, v in row.items() if k.startswith("val_alarm_") or (k.startswith("val_") and k[4:] in CURVE)}
         for row in log.rows("rlhf")
     ]
     rewarded = Path("results/ablation") / grid.name / (job.needs[-1] if config.start_from else job.name)

@@ -284,13 +284,13 @@ def alarms(now: dict[str, float], base: dict[str, float]) -> list[str]:
     if now["repetition"] > base["repetition"] + 0.05:
         found.append("repetition")
     if abs(now["mean_words"] / base["mean_words"] - 1) > 0.4:
-        found.append("length drift")
+        found.append("length_drift")
     if now["distinct_2"] < 0.5 * base["distinct_2"]:
-        found.append("narrow vocabulary")
+        found.append("narrow_vocabulary")
     if now["bad_endings"] > base["bad_endings"] + 0.05:
-        found.append("bad endings")
+        found.append("bad_endings")
     if now["entropy"] < 0.1 * base["entropy"]:
-        found.append("entropy floor")
+        found.append("entropy_floor")
     return found
 
 
@@ -371,7 +371,8 @@ def train_rlhf(
     def evaluate(model: nn.Module) -> dict[str, float]:
         now = held_out(trainer, cast(DiffusionCaptionModel, model), corpora["val"], judge)
         found = alarms(now, state.extra["base"])
-        return now | {"alarms": float(len(found)), "judge_unalarmed": math.nan if found else now["judge"]}
+        rung = {f"alarm_{name}": 1.0 for name in found}
+        return now | {"alarms": float(len(found)), "judge_unalarmed": math.nan if found else now["judge"]} | rung
 
     def best(model: nn.Module, row: Row) -> None:
         save_denoiser(path, "rlhf", eyes, model, {"row": row})
