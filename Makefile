@@ -18,7 +18,7 @@ test-all: setup
 
 # The commands of README and docs as they stand, training at the smoke config's sizes, and the adapters.
 test-docs: .venv/.all
-	$(PY) -m pytest tests/test_docs.py tests/adapters -m '' --dist load
+	$(PY) -m pytest tests/test_docs.py tests/adapters -m '' --dist worksteal
 
 lint: setup
 	.venv/bin/ruff check .
