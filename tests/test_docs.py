@@ -128,10 +128,7 @@ def settings(tree: dict, start: str = "") -> list[str]:
     return [text for part in parts for text in part]
 
 
-SMALL = [*settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8"))), "mixed_precision=no"]
-"""One process keeps its precision."""
-
-
+SMALL = settings(yaml.safe_load((ROOT / "configs/smoke.yaml").read_text(encoding="utf-8")))
 A_FEW_TESTS = "-q -n 0 -p no:cacheprovider -k 'shaping or links_lead_somewhere'"
 
 

@@ -9,9 +9,9 @@ import torch
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import preference
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, train_rlhf
-from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, steps_per_epoch
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, start_accelerator, steps_per_epoch
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, RLHFConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, FitConfig, RLHFConfig
 
 
 def test_an_epoch_is_whole_updates_and_whole_rollouts() -> None:
@@ -19,6 +19,12 @@ def test_an_epoch_is_whole_updates_and_whole_rollouts() -> None:
     assert steps_per_epoch(FitConfig(batch_size=10, epoch_size=30, grad_accum=2), 95) == 1
     assert steps_per_epoch(FitConfig(batch_size=100), 7) == 1
     assert steps_per_epoch(FitConfig(batch_size=10), 95, boundary=4) == 12
+
+
+def test_every_run_of_a_process_has_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{Run.__module__}.usable_precision", lambda wanted, device: wanted)
+    for wanted in ("no", "bf16", "no"):
+        assert start_accelerator(replace(Config(), mixed_precision=wanted)).mixed_precision == wanted  # type: ignore[arg-type]
 
 
 def test_batches_are_addressed_by_number(world: Any, run_of: Callable[..., Run]) -> None:

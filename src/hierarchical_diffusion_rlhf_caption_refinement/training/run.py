@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from ..data.streams import batch_indices, share, stream
@@ -95,6 +96,7 @@ class Run:
 def start_accelerator(config: Config, **options: Any) -> Accelerator:
     """On this process's GPU or the processor, in the configured precision where the device has it; `options` are accelerate's."""
     device = usable_device()
+    AcceleratorState._reset_state()  # or the first precision of a process, this package's or TRL's, would be that of all its runs
     return Accelerator(cpu=device.type == "cpu", mixed_precision=usable_precision(config.mixed_precision, device), **options)
 
 
