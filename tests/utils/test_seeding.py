@@ -1,6 +1,7 @@
 """Seeds are a pure function of their key; threads follow the load."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -66,14 +67,21 @@ def test_work_that_goes_on_is_seen():
         spin.wait()
 
 
-@pytest.mark.parametrize(("device", "native", "wanted", "found"), [
-    ("cpu", False, "bf16", "no"), ("cpu", True, "bf16", "bf16"), ("cpu", False, "no", "no"),
-    ("cuda", False, "bf16", "no"), ("cuda", True, "bf16", "bf16"), ("cuda", True, "no", "no"),
+@pytest.mark.parametrize(("device", "machine", "asked"), [
+    ("cpu", "x86_64", "avx512"), ("cpu", "AMD64", "avx512"), ("cpu", "aarch64", "onednn"), ("cpu", "arm64", "onednn"),
+    ("cuda", "x86_64", "cuda"), ("cuda", "aarch64", "cuda"),
 ])  # fmt: skip
-def test_bf16_is_not_emulated(monkeypatch, device, native, wanted, found):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and device == "cuda")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native and device == "cpu")
-    assert usable_precision(wanted, torch.device(device)) == found
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_not_emulated(monkeypatch, device, machine, asked, native):
+    def says(who):
+        return native if who == asked else not native
+
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: says("cuda"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: says("avx512"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: says("onednn"))
+    assert usable_precision("bf16", torch.device(device)) == ("bf16" if native else "no")
+    assert usable_precision("no", torch.device(device)) == "no"
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch):
