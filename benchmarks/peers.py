@@ -33,6 +33,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
     write_captions,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
+from hierarchical_diffusion_rlhf_caption_refinement.models.beam import consensus
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import reveal_counts, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import select
@@ -129,7 +130,7 @@ class Autoregressive(DiffusionCaptionModel):
 
     @torch.no_grad()
     def captions(self, corpus: Corpus, rows: list[int], plan: SamplerConfig, alignment: Alignment) -> list[str]:
-        """Greedy, or beam search by mean log-probability per word, the end included, with CLIP's word in the last choice."""
+        """Greedy, or beam search by mean log-probability per word, the end included; the plan's CLIP and consensus choose at last."""
         beams, longest = plan.beams, self.max_length - 1
         memory = self.read_image(corpus.image(rows))
         texts = torch.zeros(len(rows) * beams, longest, dtype=torch.long)
@@ -151,6 +152,9 @@ class Autoregressive(DiffusionCaptionModel):
         worth = score / (length + 1)
         if plan.clip:
             worth = worth + plan.clip * fit_of(alignment, corpus.tokenizer, corpus.joint[rows])(texts, length)
+        if plan.consensus:
+            some = zip(texts.chunk(len(rows)), length.chunk(len(rows)), strict=True)
+            worth = worth + plan.consensus * torch.cat([consensus(*own) for own in some])
         chosen = worth.view(len(rows), beams).argmax(1) + torch.arange(len(rows)) * beams
         return decode_rows(corpus.tokenizer, texts[chosen], length[chosen])
 
@@ -173,7 +177,8 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
     if peer == "autoregressive":
         wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
         search = {name: SamplerConfig(order="left_to_right", beams=k, clip=clip) for name, (k, clip) in wide.items()}
-        return {"greedy": SamplerConfig()} | search
+        agreed = SamplerConfig(order="left_to_right", beams=25, clip=3.0, consensus=1.0)
+        return {"greedy": SamplerConfig()} | search | {"25 beams, CLIP, consensus": agreed}
     return {
         f"left to right, {words} steps": SamplerConfig(steps=words, order="left_to_right"),
         **{f"most confident first, {k} steps": SamplerConfig(steps=k, order="confidence") for k in (4, 8, 12)},
@@ -183,11 +188,14 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
 
 def reveal_plans() -> dict[str, SamplerConfig]:
     wide = SamplerConfig(order="left_to_right", beams=5, lengths=5)
-    return {f"spread, {k} steps": SamplerConfig(steps=k) for k in (4, 8)} | {
+    spread = {f"spread, {k} steps": SamplerConfig(steps=k) for k in (4, 8)}
+    searched = {
         f"5 beams, 5 lengths{', CLIP' if clip else ''}{', read both ways' if both else ''}": replace(wide, clip=clip, both_ways=both)
         for clip in (0.0, 3.0)
         for both in (False, True)
     }
+    agreed = replace(wide, clip=4.0, consensus=3.0, both_ways=True)
+    return spread | searched | {"5 beams, 5 lengths, CLIP, consensus, read both ways": agreed}
 
 
 def judge(model, corpus: Corpus, plan: SamplerConfig, alignment: Alignment, count: int = 10_000) -> dict[str, float]:

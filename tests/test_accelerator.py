@@ -49,6 +49,9 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+SEARCH = ["order=left_to_right", "beams=2", "lengths=2", "clip=1", "consensus=1", "both_ways=true"]
+
+
 def test_captions_are_those_of_the_processor(smoke, images):
     from hierarchical_diffusion_rlhf_caption_refinement import cli
 
@@ -56,7 +59,7 @@ def test_captions_are_those_of_the_processor(smoke, images):
     asked = {
         "plain.json": ["--image-list", "list.txt"],
         "wishes.json": ["--image-list", "list.txt", "--must-include", "red", "--ban", "blue", "--candidates", "2"],
-        "searched.json": ["--image-list", "list.txt", "order=left_to_right", "beams=2", "lengths=2", "clip=1", "both_ways=true"],
+        "searched.json": ["--image-list", "list.txt", *SEARCH],
         "guided.json": ["--image-list", "list.txt", "--template", "a [MASK] on [MASK]", "remask=1", "guidance=1.5", "temperature=0.7"],
         "mended.jsonl": ["--refine", "drafts.jsonl"],
     }

@@ -285,7 +285,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     refuse_ignored(parser, args, settings)
     flags = {"steps": args.steps, "threshold": args.threshold, "candidates": args.candidates}
     if (args.candidates or 1) > 1 and not any(text.startswith("temperature=") for text in settings):
-        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0, "both_ways": False}
+        flags |= {"temperature": DRAWN, "beams": 1, "lengths": 1, "clip": 0.0, "consensus": 0.0, "both_ways": False}
     args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
         f"sampler.{text}" for text in settings
     ]

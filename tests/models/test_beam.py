@@ -1,3 +1,5 @@
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -5,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.models.beam import beam_search, search_or_denoise
+from hierarchical_diffusion_rlhf_caption_refinement.models.beam import beam_search, consensus, search_or_denoise
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import UNKNOWN, likelihood, noise_for, sample, score
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError, SamplerConfig
@@ -14,7 +16,7 @@ Toy = Callable[..., DiffusionCaptionModel]
 GREEDY = SamplerConfig(steps=4, order="left_to_right")
 
 
-def wide(beams: int, lengths: int, **more: int) -> SamplerConfig:
+def wide(beams: int, lengths: int, **more: float) -> SamplerConfig:
     return SamplerConfig(steps=4, order="left_to_right", beams=beams, lengths=lengths, **more)
 
 
@@ -43,6 +45,36 @@ def test_reading_both_ways_finds_the_likeliest_by_the_mean_of_the_readings(toy: 
         both = per_token(model, every, image[None]) + per_token(model, every, image[None], from_right=True)
         assert x0[:n] == every[int(both.argmax())]
     assert not found.x0.equal(one_way.x0)
+
+
+def test_consensus_is_the_mean_cosine_of_counts_of_words_in_a_row():
+    captions = [[1, 2, 3], [1, 2, 4], [1, 2, 3, 5], [6]]
+    x0 = torch.tensor([row + [9] * (5 - len(row)) for row in captions])  # what stands after the end does not count
+
+    def cosine(a: list[int], b: list[int], n: int) -> float:
+        one, other = (Counter(tuple(row[i : i + n]) for i in range(len(row) - n + 1)) for row in (a, b))
+        norm = math.sqrt(sum(v * v for v in one.values()) * sum(v * v for v in other.values()))
+        return sum(v * other[gram] for gram, v in one.items()) / norm if norm else 0.0
+
+    expected = [sum(cosine(a, b, n) for b in captions for n in range(1, 5)) / 16 for a in captions]
+    torch.testing.assert_close(consensus(x0, torch.tensor([3, 3, 4, 1])), torch.tensor(expected))
+
+
+def test_consensus_chooses_what_most_candidates_say(toy: Toy):
+    model, images = toy(max_length=4, seed=3), torch.randn(6, 3, 4)
+    plan = wide(beams=5, lengths=3)
+    found, alone = (beam_search(model, images, replace(plan, consensus=weight)) for weight in (1e4, 0.0))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(x0: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        seen.append((x0, length))
+        return torch.zeros(len(x0))
+
+    beam_search(model, images, replace(plan, clip=1.0), fit=keep)
+    for i, (x0, length) in enumerate(zip(seen[0][0].chunk(6), seen[0][1].chunk(6), strict=True)):
+        best = int(consensus(x0, length).argmax())
+        assert found.x0[i].equal(x0[best]) and found.length[i] == length[best]
+    assert not found.x0.equal(alone.x0)
 
 
 def test_one_beam_is_greedy_decoding_of_the_likeliest_length(toy: Toy):
@@ -110,4 +142,4 @@ def test_a_search_that_could_not_be_is_refused(wrong: dict):
 def test_clip_without_a_search_is_refused_and_plain_plans_have_neither():
     with pytest.raises(ConfigError, match=r"sampler\.clip chooses"):
         SamplerConfig(clip=3.0)
-    assert replace(wide(5, 5), clip=3.0).plain == wide(1, 1)
+    assert replace(wide(5, 5), clip=3.0, consensus=3.0).plain == wide(1, 1)

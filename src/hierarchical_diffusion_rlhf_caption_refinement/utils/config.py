@@ -212,6 +212,8 @@ class SamplerConfig:
     """Lengths that the search tries, the likeliest ones; the likeliest caption per token stays."""
     clip: float = 0.0
     """Weight of CLIP's cosine beside nats per token in the search's last choice."""
+    consensus: float = 0.0
+    """Weight of what a caption has in common with the search's other candidates: of their word sequences' mean cosine."""
     both_ways: bool = False
     """The search reads its finished captions from the right, too, and the last choice goes by the mean of both."""
     candidates: int = 1
@@ -228,14 +230,14 @@ class SamplerConfig:
         drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask or self.threshold
         _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
         searched = self.beams > 1 or self.lengths > 1
-        for name in ("clip", "both_ways"):
+        for name in ("clip", "consensus", "both_ways"):
             chosen = f"sampler.{name} chooses among the captions of a search: set sampler.beams or sampler.lengths"
             _require(not getattr(self, name) or searched, chosen)
 
     @property
     def plain(self) -> "SamplerConfig":
         """The same without a search or a choice: for training's curves, which are about the model, and many."""
-        return replace(self, beams=1, lengths=1, clip=0.0, both_ways=False, candidates=1)
+        return replace(self, beams=1, lengths=1, clip=0.0, consensus=0.0, both_ways=False, candidates=1)
 
 
 @dataclass(frozen=True)
