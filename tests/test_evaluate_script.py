@@ -37,7 +37,7 @@ def test_two_captioners_on_the_same_images(smoke, there, capsys):
     assert cli.evaluate(["--checkpoint", RLHF, "--compare", BASE, "--output", "elsewhere"]) == 0
     found = json.loads(Path("elsewhere/evaluation.json").read_text())
     summary = json.loads((smoke / "results/smoke/training_summary.json").read_text())
-    assert found["win_rate"] == summary["win_rate"] and set(found["evaluation"]) == {RLHF, BASE}
+    assert found["win_rate"] == summary["win_rate"] and set(found["evaluation"]) == {RLHF, BASE} and list(found["gold"]) == ["rlhf", "base"]
     assert Path("elsewhere/report.html").exists() and not Path("results").exists()
     assert f"{RLHF} beats {BASE} on" in " ".join(capsys.readouterr().out.split())
 
@@ -46,6 +46,7 @@ def test_the_base_model_with_other_settings(there):
     assert cli.evaluate(["--checkpoint", BASE, "--model-type", "base", "--output", "short", "sampler.max_words=4", "data.test=10"]) == 0
     found = json.loads(Path("short/evaluation.json").read_text())
     assert len(found["captions"]) == 10 and max(len(c.split()) for c in found["captions"].values()) <= 4
+    assert list(found["gold"]) == ["base"] and BASE in Path("short/report.html").read_text()
 
 
 def test_best_of_several_by_reward(there):

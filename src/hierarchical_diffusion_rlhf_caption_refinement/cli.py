@@ -181,10 +181,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         "captions": {e.key: c for e, c in zip(main.corpus.examples, main.captions, strict=True)},
     }
     kind = "gold" if main.gold else "references"
-    summary[kind] = {("rlhf", "base")[i]: e.metrics[kind] for i, e in enumerate(names.values())}
+    called = ["rlhf", "base"] if args.compare else [args.model_type]
+    roles = dict(zip(called, names.values(), strict=False))  # one, if it is compared with itself
+    summary[kind] = {role: e.metrics[kind] for role, e in roles.items()}
     folder = args.output or config.results / f"evaluation_{args.model_type}"
     write_json(folder / "evaluation.json", summary)
-    shown = samples(config, {("rlhf", "base")[i]: e for i, e in enumerate(names.values())})
+    shown = samples(config, roles)
     page = write_report(folder, f"{args.checkpoint}", [], summary, shown)
     console = Console()
     console.print(quality_table({name: e.metrics for name, e in names.items()}, None))

@@ -139,7 +139,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def names_of(summary: Row) -> dict[str, str]:
     """What the report calls the captions of the data set, `base` and `rlhf`; an evaluation compares checkpoints, the main one first."""
     names = {"data": "data set", "base": "base model", "rlhf": "refined model"}
-    return names | (dict(zip(("rlhf", "base"), summary.get("evaluation", {}), strict=False)) if "checkpoint" in summary else {})
+    roles = summary.get("gold") or summary.get("references") or ("rlhf", "base")
+    return names | (dict(zip(roles, summary["evaluation"], strict=False)) if "checkpoint" in summary else {})
 
 
 def headline(summary: Row) -> str:
