@@ -156,6 +156,25 @@ def test_a_killed_job_loses_nothing_and_repeats_nothing(run, capfd):
     check_killed_job(run, 150, 5, 0.9)
 
 
+def test_killed_between_the_log_and_the_text_files_it_only_writes_these(run, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, text: str) -> None:
+        raise Killed
+
+    pictures(Path("x"), 6)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("hierarchical_diffusion_rlhf_caption_refinement.batch.write_text", die)
+        run("x", "--format", "txt", "--batch-size", "4")
+    before = Path("x/captions.log.jsonl").read_text()
+    assert len(before.splitlines()) == 4 and not list(Path("x").glob("*.txt"))
+    assert run("x", "--format", "txt", "--batch-size", "4") == 0
+    rows = logged("x/captions.log.jsonl")
+    assert Path("x/captions.log.jsonl").read_text().startswith(before) and len(rows) == 6
+    assert all(Path(row["image"]).with_suffix(".txt").read_text() == row["caption"] + "\n" for row in rows)
+
+
 @pytest.mark.slow
 def test_five_thousand_images_killed_ten_times(run, capfd):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -244,7 +244,8 @@ class Batch:
                 tasks.append(Task(item, identity, before))
             elif not (ours and last and last["caption"] == caption) and caption not in before.splitlines():
                 content = joined(self.output.existing, before, caption)
-                self.log.append([{**done, "before": before, "file": content}])
+                if last != (told := {**done, "before": before, "file": content}):  # else it was killed before it wrote the file
+                    self.log.append([told])
                 write_text(path, content)
         return tasks
 
