@@ -66,10 +66,8 @@ def usable_precision(wanted: str, device: torch.device) -> str:
     """`wanted`, unless that is bf16 on a device that only emulates it: many times slower on a processor."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif platform.machine() in ("x86_64", "AMD64"):
-        native = (
-            torch.cpu._is_avx512_bf16_supported()
-        )  # oneDNN says that it has bf16 wherever there is AVX-512, and is four times slower in it
+    elif platform.machine() in ("x86_64", "AMD64"):  # where oneDNN claims to have bf16 with AVX-512 alone, and is four times slower
+        native = torch.cpu._is_avx512_bf16_supported()
     else:
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "no" if wanted == "bf16" and not native else wanted
