@@ -153,8 +153,7 @@ class Autoregressive(DiffusionCaptionModel):
         if plan.clip:
             worth = worth + plan.clip * fit_of(alignment, corpus.tokenizer, corpus.joint[rows])(texts, length)
         if plan.consensus:
-            some = zip(texts.chunk(len(rows)), length.chunk(len(rows)), strict=True)
-            worth = worth + plan.consensus * torch.cat([consensus(*own) for own in some])
+            worth = worth + plan.consensus * consensus(texts, length, beams)
         chosen = worth.view(len(rows), beams).argmax(1) + torch.arange(len(rows)) * beams
         return decode_rows(corpus.tokenizer, texts[chosen], length[chosen])
 

@@ -57,7 +57,7 @@ def test_consensus_is_the_mean_cosine_of_counts_of_words_in_a_row():
         return sum(v * other[gram] for gram, v in one.items()) / norm if norm else 0.0
 
     expected = [sum(cosine(a, b, n) for b in captions for n in range(1, 5)) / 16 for a in captions]
-    torch.testing.assert_close(consensus(x0, torch.tensor([3, 3, 4, 1])), torch.tensor(expected))
+    torch.testing.assert_close(consensus(x0, torch.tensor([3, 3, 4, 1]), 4), torch.tensor(expected))
 
 
 def test_consensus_chooses_what_most_candidates_say(toy: Toy):
@@ -72,7 +72,7 @@ def test_consensus_chooses_what_most_candidates_say(toy: Toy):
 
     beam_search(model, images, replace(plan, clip=1.0), fit=keep)
     for i, (x0, length) in enumerate(zip(seen[0][0].chunk(6), seen[0][1].chunk(6), strict=True)):
-        best = int(consensus(x0, length).argmax())
+        best = int(consensus(x0, length, 15).argmax())
         assert found.x0[i].equal(x0[best]) and found.length[i] == length[best]
     assert not found.x0.equal(alone.x0)
 

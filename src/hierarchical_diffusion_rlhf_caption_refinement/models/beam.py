@@ -78,13 +78,18 @@ def beam_search(
     if plan.clip and fit is not None:
         worth = worth + plan.clip * fit(x0, length)
     if plan.consensus:
-        worth = worth + plan.consensus * torch.cat([consensus(*some) for some in zip(x0.chunk(n), length.chunk(n), strict=True)])
+        worth = worth + plan.consensus * consensus(x0, length, len(x0) // n)
     worth = worth.view(n, -1)
     best = worth.argmax(1) + torch.arange(0, len(total), worth.shape[1], device=image.device)
     return _told(model, x0[best], length[best], image, banned)
 
 
-def consensus(x0: Int[Tensor, "C T"], length: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
+def consensus(x0: Int[Tensor, "R T"], length: Int[Tensor, " R"], group: int) -> Float[Tensor, " R"]:
+    """`_consensus` of the captions of each image, of which `group` stand together."""
+    return torch.cat([_consensus(*some) for some in zip(x0.split(group), length.split(group), strict=True)])
+
+
+def _consensus(x0: Int[Tensor, "C T"], length: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
     """How much each caption of an image has in common with all of them: minimum Bayes risk (Kumar & Byrne 2004), which likes what many say.
 
     The mean over n = 1 ... 4 of the mean cosine of the counts of n words in a row: CIDEr (Vedantam et al. 2015) without its rarities.
