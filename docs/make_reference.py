@@ -5,7 +5,7 @@ import ast
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.utils import config
@@ -48,15 +48,22 @@ def docstrings(group: type) -> dict[str, str]:
     return found
 
 
+def choices(hint: Any, told: str) -> str:
+    """The values that a setting can have, where its text does not name them."""
+    values = [f"`{value}`" for value in get_args(hint)] if get_origin(hint) is Literal else []
+    return "" if all(value in told for value in values) else f" One of {', '.join(values)}."
+
+
 def settings(group: type, plain: dict[str, Any], prefix: str = "") -> list[str]:
     """A table row per setting, groups within groups included."""
-    rows, told = [], docstrings(group)
+    rows, told, hints = [], docstrings(group), get_type_hints(group)
     for field in dataclasses.fields(group):
         key, default = f"{prefix}{field.name}", plain[field.name]
         if isinstance(default, dict):
             rows += settings(getattr(config, getattr(field.type, "__name__", "")), default, f"{key}.")
         else:
-            rows.append(f"| `{key}` | `{cell(repr(default))}` | {cell(told.get(field.name, ''))} |")
+            text = told.get(field.name, "")
+            rows.append(f"| `{key}` | `{cell(repr(default))}` | {cell(text + choices(hints[field.name], text))} |")
     return rows
 
 

@@ -10,10 +10,12 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.ablation import (
     alarmed,
     budget_share,
     captions_until,
+    difference_over_seeds,
     kept_row,
     nested_bootstrap,
     of_peak,
     paired_difference,
+    student,
     write_page,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import Grid
@@ -50,6 +52,16 @@ def test_differences_are_paired_by_seed_and_scene():
     found = paired_difference(arm, base)
     assert found and (found.value, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05))
     assert paired_difference(arm[2:], base) is None
+
+
+def test_differences_over_seeds_are_students():
+    assert [student(n) for n in (1, 2, 4, 8)] == pytest.approx([12.706, 4.303, 2.776, 2.306], rel=0.01)  # any printed table
+    base = [record("a", s, [0.1], np.full(4, 0.5)) for s in (0, 1, 2)]
+    arm = [record("b", s, [0.1], np.full(4, 0.5 + gap)) for s, gap in ((0, 0.01), (1, 0.02), (2, 0.06))]
+    found = difference_over_seeds(arm, base)
+    half = 4.303 * 0.026458 / math.sqrt(3)  # sample deviation of .01, .02, .06
+    assert found and (found.value, found.low, found.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half), rel=0.01)
+    assert difference_over_seeds(arm[:1], base) is None
 
 
 def test_captions_until_a_target_by_hand():

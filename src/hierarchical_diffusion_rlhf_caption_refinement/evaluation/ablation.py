@@ -1,12 +1,14 @@
 """What a grid of runs found: tables, curves and a page, all from the records of its runs.
 
 A record holds one seed of one arm in one regime. Seeds have scenes of their own, which all arms of a seed share; so intervals come from
-drawing seeds, and scenes within each, again (paired: the differences on the same scenes).
+drawing seeds, and scenes within each, again (paired: the differences on the same scenes). With few seeds such an interval is too narrow;
+Student's t over the seeds' differences, which stands beside it, allows for that.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,11 +48,30 @@ def utility(arm: Arm) -> Interval:
     return nested_bootstrap([np.array(r["utility"]) for r in arm])
 
 
-def paired_difference(arm: Arm, baseline: Arm) -> Interval | None:
-    """Utility of the arm less the baseline's on the same scenes of the seeds that both have."""
+def gaps(arm: Arm, baseline: Arm) -> list[np.ndarray]:
+    """Utility of the arm less the baseline's on the same scenes, of the seeds that both have."""
     other = {r["seed"]: np.array(r["utility"]) for r in baseline}
-    gaps = [np.array(r["utility"]) - other[r["seed"]] for r in arm if r["seed"] in other]
-    return nested_bootstrap(gaps) if gaps else None
+    return [np.array(r["utility"]) - other[r["seed"]] for r in arm if r["seed"] in other]
+
+
+def paired_difference(arm: Arm, baseline: Arm) -> Interval | None:
+    found = gaps(arm, baseline)
+    return nested_bootstrap(found) if found else None
+
+
+def difference_over_seeds(arm: Arm, baseline: Arm) -> Interval | None:
+    """The same difference with Student's 95 % interval of the seeds' means; none from one seed."""
+    means = [gap.mean() for gap in gaps(arm, baseline)]
+    if len(means) < 2:
+        return None
+    middle, error = float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(means)) * student(len(means) - 1)
+    return Interval(middle, middle - error, middle + error)
+
+
+@cache
+def student(freedom: int) -> float:
+    """The .975 quantile of Student's t, from a million draws: numpy has no table of it."""
+    return float(np.quantile(np.abs(np.random.default_rng(0).standard_t(freedom, 1_000_000)), 0.95))
 
 
 def gold_curve(record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +117,13 @@ def spell(interval: Interval | None, sign: str = "") -> str:
     return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})" if interval else "–"
 
 
+def limits(interval: Interval | None) -> str:
+    return f"{interval.low:+.3f} to {interval.high:+.3f}" if interval else "–"
+
+
 COLUMNS = (
-    "arm", "seeds", "utility (95 %)", "less the baseline's, paired (95 %)", "accuracy", "fluency", "words", "beats base", "KL",
+    "arm", "seeds", "utility (95 %)", "less the baseline's, paired (95 %)", "t over seeds (95 %)",
+    "accuracy", "fluency", "words", "beats base", "KL",
     "captions to the baseline's last", "minutes", "last, held out", "last / peak: mean, worst", "collapsed", "alarms", "stopped", "command",
 )  # fmt: skip
 
@@ -107,6 +133,7 @@ def line(name: str, arm: Arm, baseline: Arm, command: str) -> list[str]:
     ends = [of_peak(r) for r in arm]
     return [
         name.replace("_", " "), str(len(arm)), spell(utility(arm)), spell(paired_difference(arm, baseline), "+"),
+        limits(difference_over_seeds(arm, baseline)),
         *(f"{mean(arm, lambda r, k=k: r['test'][k]):.3f}" for k in ("accuracy", "fluency")),
         f"{mean(arm, lambda r: r['test']['mean_words']):.1f}", f"{mean(arm, lambda r: r['win_rate']['value']):.2f}",
         f"{mean(arm, lambda r: kept_row(r)['kl']):.1f}", f"{share:.2f}" if math.isfinite(share) else "not reached",
@@ -211,7 +238,8 @@ A line alone: the first command with what the line's last column says. The basel
 {arms}
 
 Utility, accuracy, fluency and words are of the kept weights (the held-out judge's favourite of those that raise no alarm) on the test
-scenes; *beats base* is how often their caption has the higher utility, ties half. Intervals: 2,000 draws of seeds, and of scenes in each.
+scenes; *beats base* is how often their caption has the higher utility, ties half. Intervals: 2,000 draws of seeds, and of scenes in each;
+with few seeds they are too narrow: *t over seeds* is the difference's by Student's t of the seeds' means.
 *Captions to the baseline's last*: those sampled until the utility on validation scenes first reaches the baseline's at its end, as a share
 of all that the baseline sampled; median over seeds. *Minutes* are the updates', without the evaluation. *Last*: the same utility after the
 last epoch; *last / peak*: over its highest; *collapsed* counts seeds below .95. *KL* is in nats per caption. *Alarms* counts seeds with one

@@ -83,7 +83,7 @@ class DataConfig:
     val: int = 400
     """Held-out images of the curves, by which weights are chosen; an upper limit like `train`."""
     test: int = 400
-    """Held-out images of the final figures, likewise; the reward learns from people's ratings and comparisons of them, if any."""
+    """Held-out images of the final figures, likewise; people's ratings of them, if any, teach the reward (comparisons of any image do)."""
     captions_per_image: int = 3
     """Captions that scenes writes per image; other sources have their own."""
     max_words: int = 20
