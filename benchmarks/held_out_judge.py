@@ -31,11 +31,19 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
     write_captions,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, Evidence
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Kind, build_alignment, load_denoiser, load_eyes
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
+    FILES,
+    Kind,
+    build_alignment,
+    load_denoiser,
+    load_eyes,
+    settings_from,
+)
 from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import fit_alignment
 from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs, rated, to_pairs
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward import decided_accuracy, examine, fit_linear, targets
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, write_json
 
@@ -59,6 +67,12 @@ def other_eyes(config: Config, examples: list) -> tuple:
     path = run.config.models / FILES["alignment"]
     fit_alignment(run, other, other.alignment, {"train": examples[HELD_OUT:], "val": examples[:HELD_OUT]}, path)
     return eyes, load_eyes(path)[0]
+
+
+def split_seed(config: Config) -> int:
+    """The seed by which the reward model's photographs were split: RLHF may have another one, which would split them anew."""
+    path = config.sources / FILES["reward"]
+    return settings_from(checkpoint.load(path, "reward")["config"], path).seed
 
 
 def differences(evidence: Evidence, pairs: Pairs) -> Tensor:
@@ -90,7 +104,7 @@ def main() -> None:
     paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     models = {kind: load_denoiser(path, kind)[1].eval() for kind, path in paths.items()}
     evidence = Evidence(models["base"], other.alignment, words_and_owners(eyes.tokenizer))
-    found = rated(config, models["base"], judged)
+    found = rated(replace(config, seed=split_seed(config)), models["base"], judged)
     learned = to_pairs([*found.test.comparisons, *(found.repeats.comparisons if found.repeats else [])], judged)
     beta = fitted(evidence, learned, config.reward.l2)
     plans = {"rlhf": config.sampler, "base": load_config([args.config], [*args.overrides, *args.base]).sampler}

@@ -177,6 +177,10 @@ def test_a_judge_that_had_no_part_in_the_training(photographs, tmp_path, monkeyp
     judge["main"]()
     short = json.loads((tmp_path / "judge.json").read_text())
     assert short["base"]["mean_words"] == 1 and short["rlhf"] == found["rlhf"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, "seed=5"])  # of RLHF: the reward's photographs stay its own
+    judge["main"]()
+    other = json.loads((tmp_path / "judge.json").read_text())
+    assert other["photographs"] == found["photographs"] and other["judge"]["comparisons"] == found["judge"]["comparisons"]
 
 
 @pytest.mark.parametrize("rated", [0, 1])
