@@ -18,7 +18,6 @@ from .utils.config import ConfigError
 Format = Literal["txt", "json", "jsonl", "csv", "parquet", "metadata", "coco"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Existing = Literal["skip", "overwrite", "append", "prepend", "error"]
-EXISTING: tuple[Existing, ...] = get_args(Existing)
 FIELDS = ("image", "caption", "confidence", "reward", "tokens", "seed", "error")
 DRAFT_FIELDS = ("image", "caption", "draft", "suspicion", "reward", "draft_reward", "words", "seed", "error")
 LISTS = ("tokens", "words")

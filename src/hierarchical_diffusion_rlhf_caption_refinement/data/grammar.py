@@ -104,11 +104,6 @@ def read(caption: str) -> Reading:
     return Reading(tuple(mentions), tuple(_facts(words, mentions)), fluency)
 
 
-def facts(caption: str) -> list[Fact]:
-    """All that a caption says; any string will do."""
-    return list(read(caption).facts)
-
-
 # The grammar as an automaton: state -> {word class: next state}
 
 VOWEL = {c for c in COLOURS if c[0] in "aeiou"}
@@ -146,11 +141,6 @@ GRAMMAR: dict[str, dict[str, str]] = {
 }
 STATES = {s: i for i, s in enumerate(GRAMMAR)}
 ACCEPTING = [STATES["end"], STATES["done"]]
-
-
-def vocabulary() -> list[str]:
-    """Every word of the grammar, sorted."""
-    return sorted(set().union(*CLASSES.values()))
 
 
 @cache

@@ -37,8 +37,6 @@ from .grammar import (
     read,
     words_of,
 )
-from .grammar import facts as facts
-from .grammar import vocabulary as vocabulary
 
 T = TypeVar("T")
 Split = Literal["train", "val", "test"]

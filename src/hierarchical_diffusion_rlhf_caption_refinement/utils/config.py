@@ -495,7 +495,3 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         plain = list(value) if isinstance(value, tuple) else value
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: plain}
     return found
-
-
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
