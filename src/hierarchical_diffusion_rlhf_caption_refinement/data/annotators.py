@@ -5,7 +5,6 @@ They look at the truth of two captions so that a model need not; only their choi
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +35,6 @@ class Annotator:
     """Exponents of the three qualities; all 1 is the hidden utility itself."""
     noise: float = NOISE
     tie: float = TIE
-    bad: float = BAD
     lapse: float = LAPSE
     length_bias: float = 0.0
     """Liking added per word, in utility: a fault that a reward model may learn."""
@@ -48,7 +46,7 @@ class Annotator:
         parts_a, parts_b = self._parts(check(caption_a, scene)), self._parts(check(caption_b, scene))
         liking_a = self._look(parts_a, caption_a, rng)
         liking_b = self._look(parts_b, caption_b, rng)
-        if max(liking_a, liking_b) < self.bad:
+        if max(liking_a, liking_b) < BAD:
             return Choice("both_bad", _reasons({r: -parts_a[r] - parts_b[r] for r in REASONS}))
         if caption_a == caption_b or abs(liking_a - liking_b) < self.tie:
             return Choice("tie")
@@ -90,9 +88,3 @@ def panel(seed: int, n: int = 8, length_bias: float = 0.0) -> list[Annotator]:
             )
         )
     return people
-
-
-def agreement(choices: Sequence[Choice], others: Sequence[Choice]) -> float:
-    """Share of the pairs on which both chose a side that they chose the same; nan if there is none."""
-    decided = [(c.choice, o.choice) for c, o in zip(choices, others, strict=True) if {c.choice, o.choice} <= {"a", "b"}]
-    return sum(c == o for c, o in decided) / len(decided) if decided else math.nan
