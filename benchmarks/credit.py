@@ -26,7 +26,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_exa
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows, words_and_owners
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import build_corpus, gold_qualities, preference
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import text_scores
-from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import revealed
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import score
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser, load_reward
 from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import centre, centred_dense
@@ -59,7 +59,7 @@ def advantages(trainer: Trainer, index: int) -> tuple[dict[str, Float[Tensor, "B
     rows = trainer.rows(index)
     t, image, joint = trainer.sample(trainer.policy, rows, trainer.corpus, ("credit", index), drafts=True)
     logp = score(trainer.policy, t.x0, t.step, t.length, image, config.rlhf.temperature).logp
-    written, each = (t.step > 0) & (t.step < HIDDEN), joint.repeat_interleave(group, 0)
+    written, each = revealed(t.step), joint.repeat_interleave(group, 0)
     texts = decode_rows(trainer.corpus.tokenizer, t.x0, t.length)
     truth = gold_qualities(texts, [trainer.corpus.examples[row] for row in rows for _ in range(group)])["utility"]
     whole = {

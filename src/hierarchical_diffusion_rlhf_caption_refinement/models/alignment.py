@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.config import AlignmentConfig
+from .diffusion import valid_positions
 from .layers import Block, init_weights
 from .vision import VisionError, quiet
 
@@ -56,7 +57,7 @@ class AlignmentModel(nn.Module):
 
     def read_ids(self, ids: Int[Tensor, "B L"], length: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B L W"], Bool[Tensor, "B L"]]:
         """Contextual word vectors, and which of them are words."""
-        valid = torch.arange(ids.shape[1], device=ids.device) < length.clamp(min=1)[:, None]
+        valid = valid_positions(length.clamp(min=1), ids.shape[1])
         x = self.drop(self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if self.wpe else 0))
         mask = valid[:, None].expand(-1, ids.shape[1], -1)
         for block in self.h:

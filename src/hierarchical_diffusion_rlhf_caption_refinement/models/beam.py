@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..utils.config import SamplerConfig
 from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
-from .diffusion import HIDDEN, valid_positions
+from .diffusion import steps_from_left, valid_positions
 from .sampler import Noise, Trajectory, denoise, likelihood, policy_logp, score
 
 Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
@@ -112,8 +112,7 @@ def _reordered(cache: Cache, parent: Tensor) -> Cache:
 
 def _told(model: DiffusionCaptionModel, x0: Tensor, length: Tensor, image: Tensor, banned: Tensor | None) -> Trajectory:
     """The captions as trajectories that reveal one token after the other."""
-    inside = valid_positions(length, x0.shape[1])
-    step = torch.where(inside, torch.arange(1, x0.shape[1] + 1, device=x0.device), HIDDEN)
+    step = steps_from_left(length, x0.shape[1])
     found = score(model, x0, step, length, image, banned=banned)
-    confidence = torch.where(inside, found.distribution.amax(-1).exp(), 0.0)
+    confidence = torch.where(valid_positions(length, x0.shape[1]), found.distribution.amax(-1).exp(), 0.0)
     return Trajectory(x0, step, length, found.logp, confidence, found.length_logp, None)

@@ -71,6 +71,16 @@ def valid_positions(length: Int[Tensor, " B"], width: int) -> Tensor:
     return torch.arange(width, device=length.device) < length[:, None]
 
 
+def revealed(step: Int[Tensor, "B T"]) -> Tensor:
+    """(B, T) bool: tokens that a step revealed, neither given nor padding."""
+    return (step > 0) & (step < HIDDEN)
+
+
+def steps_from_left(length: Int[Tensor, " B"], width: int) -> Int[Tensor, "B T"]:
+    """The steps of captions revealed word by word from the left."""
+    return torch.where(valid_positions(length, width), torch.arange(1, width + 1, device=length.device), HIDDEN)
+
+
 def training_steps(
     length: Int[Tensor, " B"], width: int, schedule: Schedule, left_to_right: float, generator: torch.Generator
 ) -> Int[Tensor, "B T"]:

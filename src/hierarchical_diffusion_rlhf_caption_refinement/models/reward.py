@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..utils.config import ConfigError
 from .alignment import Alignment, creditable, credited_tokens, leave_one_word_out, text_scores
 from .denoiser import DiffusionCaptionModel, bounded_length_logp
-from .diffusion import HIDDEN, valid_positions
+from .diffusion import steps_from_left, valid_positions
 from .layers import Block
 
 QUALITIES = ("total", "accuracy", "fluency", "specificity")
@@ -105,7 +105,7 @@ class Evidence(nn.Module):
         width, longest = x0.shape[1], int(length.max())
         x0 = x0[:, :longest]
         valid = valid_positions(length, longest)
-        step = torch.where(valid, torch.arange(1, x0.shape[1] + 1, device=x0.device), HIDDEN)
+        step = steps_from_left(length, longest)
         logp, hidden, lengths = self._surprise(x0, step, length, image, None)
         blind, _, _ = self._surprise(x0, step, length, image, torch.zeros(len(image), dtype=torch.bool, device=image.device))
         group = len(x0) // len(image)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..utils.config import SamplerConfig
 from ..utils.seeding import generator
 from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
-from .diffusion import HIDDEN, reveal_counts, reveal_ranks, steps_from_ranks, valid_positions
+from .diffusion import HIDDEN, reveal_counts, reveal_ranks, revealed, steps_from_left, steps_from_ranks, valid_positions
 
 UNKNOWN = -1
 """Marks the positions that a draft leaves open."""
@@ -222,7 +222,7 @@ def rewrite(
     model: DiffusionCaptionModel, image: Tensor, plan: SamplerConfig, noise: Noise, done: Trajectory, banned: Tensor | None = None
 ) -> Iterator[Trajectory]:
     """Take back the least confident eighth of the words that were written, and write them again given the rest, one at a time."""
-    mine = (done.step > 0) & (done.step < HIDDEN)
+    mine = revealed(done.step)
     weak = select(-done.confidence, mine, (mine.sum(1) + 7) // 8)
     known = torch.where(weak, UNKNOWN, torch.where(done.step < HIDDEN, done.x0, HIDDEN))
     plan = replace(plan, remask=0, steps=max(int(weak.sum(1).max()), 1), threshold=0.0)
@@ -257,8 +257,7 @@ def score(
     longest = int(length.max())  # columns that are padding in every caption cost as much as words
     prediction = model(x0[:, :longest], step[:, :longest], length, image, seen)
     distribution = F.pad(policy_logp(prediction.logits, temperature, banned=banned), (0, 0, 0, x0.shape[1] - longest))
-    written = (step > 0) & (step < HIDDEN)
-    logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~written, 0.0)
+    logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~revealed(step), 0.0)
     lengths = bounded_length_logp(prediction.length_logits)
     group = len(x0) // len(image)
     return Score(logp, distribution, lengths.repeat_interleave(group, 0).gather(1, length[:, None] - 1).squeeze(1), lengths)
@@ -274,9 +273,9 @@ def likelihood(
     chunk: int = 16,
 ) -> Float[Tensor, " B"]:
     """Nats per token of captions of one image, read from one end, given words and length included; what is impossible counts as -100."""
-    place = torch.arange(1, x0.shape[1] + 1, device=x0.device)
-    place = length[:, None] + 1 - place if from_right else place.expand_as(x0)
-    step = torch.where(valid_positions(length, x0.shape[1]), place, HIDDEN)
+    step = steps_from_left(length, x0.shape[1])
+    if from_right:
+        step = torch.where(step < HIDDEN, length[:, None] + 1 - step, HIDDEN)
     parts = [score(model, *some, image) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)]
     return torch.cat([p.logp.clamp(min=-100).sum(1) + p.length_logp for p in parts]) / (length + 1)
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..utils.config import ShapingConfig
+from .diffusion import revealed
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def dense_from_potential(potential: Float[Tensor, "B S"], credited: Bool[Tensor,
 
 def dense_from_caption(score: Float[Tensor, " B"], step: Int[Tensor, "B T"], steps: int) -> Dense:
     """Every written token earns the whole caption's score. It comes after the last step: to go is the score less the group's mean."""
-    written = (step > 0) & (step <= steps)
+    written = revealed(step)
     per_step = torch.zeros(len(score), steps, device=score.device)
     per_step[:, -1] = score
     return Dense(score[:, None] * written, per_step, written)
@@ -74,8 +75,7 @@ def dealt_out(z: Float[Tensor, "B T"], written: Bool[Tensor, "B T"], generator: 
 
 
 def _sum_by_step(value: Float[Tensor, "B T"], step: Int[Tensor, "B T"], steps: int) -> Float[Tensor, "B K"]:
-    inside = (step > 0) & (step <= steps)
-    return torch.zeros(len(value), steps, device=value.device).scatter_add(1, (step - 1).clamp(0, steps - 1), value * inside)
+    return torch.zeros(len(value), steps, device=value.device).scatter_add(1, (step - 1).clamp(0, steps - 1), value * revealed(step))
 
 
 def centre(x: Float[Tensor, "B ..."], group: int) -> Float[Tensor, "B ..."]:
@@ -131,7 +131,7 @@ class HierarchicalRewardShaper:
         trust: float = 1.0,
     ) -> Shaped:
         """Normalise each reward on its own, mix them by alpha (times `trust`), place the credit."""
-        written = (step > 0) & (step <= dense.per_step.shape[1])
+        written = revealed(step)
         alpha = trust * self.alpha(z) * written
         s = (centre(sparse, group) / max(scales.sparse, 1e-8))[:, None] * written
         if self.config.credit == "potential" and self.weight > 0:

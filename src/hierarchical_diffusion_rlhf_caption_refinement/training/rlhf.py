@@ -19,7 +19,7 @@ from ..data.streams import batch_indices, share
 from ..evaluation.evaluate import Worth, gold_of, text_statistics, write_captions
 from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential, text_scores
 from ..models.denoiser import DiffusionCaptionModel
-from ..models.diffusion import HIDDEN
+from ..models.diffusion import HIDDEN, revealed
 from ..models.reward import Words
 from ..models.sampler import Score, Trajectory, noise_for, sample, score
 from ..models.saved import FILES, Eyes, build_denoiser, save_denoiser
@@ -86,7 +86,7 @@ def dense_reward(
         return dense_from_caption(text_scores(alignment, [" ".join(w) for w, _ in said], joint), t.step, steps)
     assert t.drafts is not None
     drafts = [[" ".join(words(draft[:n])[0]) for draft in row] for row, n in zip(t.drafts.tolist(), t.length.tolist(), strict=True)]
-    written = (t.step > 0) & (t.step < HIDDEN)  # "a" or "two" may decide what comes: all words of a step earn what it adds
+    written = revealed(t.step)  # "a" or "two" may decide what comes: all words of a step earn what it adds
     return dense_from_potential(step_potential(alignment, drafts, joint), written, t.step)
 
 
@@ -107,12 +107,11 @@ def policy_loss(
     gain = gain + clipped_gain(scored.length_logp, rollout.length_logp, rollout.length_advantage, config.clip)
     kl = trajectory_kl(scored, rollout)
     loss = (kl_weight * kl - gain).mean() / width
-    written = rollout.advantage.new_ones(()) * ((rollout.step > 0) & (rollout.step < HIDDEN))
-    entropy = -(scored.distribution.exp() * scored.distribution.nan_to_num(neginf=0.0)).sum(-1)
+    written = revealed(rollout.step)
     ratio = (scored.logp - rollout.logp).exp()
     facts = {
         "kl": kl.mean(),
-        "entropy": (entropy * written).sum() / written.sum(),
+        "entropy": (categorical_entropy(scored.distribution) * written).sum() / written.sum(),
         "clipped": (((ratio - 1).abs() > config.clip) * written).sum() / written.sum(),
     }
     if rollout.anchor is not None:
@@ -132,9 +131,13 @@ def categorical_kl(p: Float[Tensor, "... V"], q: Float[Tensor, "... V"]) -> Floa
     return (p.exp() * (p.nan_to_num(neginf=0.0) - q.nan_to_num(neginf=0.0))).sum(-1)
 
 
+def categorical_entropy(p: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    return -(p.exp() * p.nan_to_num(neginf=0.0)).sum(-1)
+
+
 def trajectory_kl(scored: Score, rollout: Rollout) -> Float[Tensor, " B"]:
     """Exact KL to the base model at every decision the trajectory visited, length included: nats per caption."""
-    written = (rollout.step > 0) & (rollout.step < HIDDEN)
+    written = revealed(rollout.step)
     tokens = (categorical_kl(scored.distribution, rollout.reference) * written).sum(1)
     lengths = categorical_kl(scored.length_distribution, rollout.length_reference)
     return tokens + lengths.repeat_interleave(len(rollout.x0) // len(rollout.image), 0)
@@ -208,7 +211,7 @@ class Trainer:
         mean, std = self.extra["confidence"]
         z = (log_odds(t.confidence) - mean) / std
         if shaping.shuffle_alpha:
-            z = dealt_out(z, (t.step > 0) & (t.step < HIDDEN), generator(self.config.seed, "shuffled alpha", index))
+            z = dealt_out(z, revealed(t.step), generator(self.config.seed, "shuffled alpha", index))
         shaped = shaper(dense, sparse, z, t.step, group, scales, shaper.trust(self.progress(index)))
         anchor = None
         if config.anchor:
@@ -246,7 +249,7 @@ def correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
 
 def rollout_facts(t: Trajectory, dense: Dense, sparse: Float[Tensor, " B"], shaped: Shaped, group: int) -> dict[str, float]:
     """What the log tells of a rollout: rewards, alpha and its histogram, each component's share, groups without any contrast."""
-    written = (t.step > 0) & (t.step < HIDDEN)
+    written = revealed(t.step)
     alpha, total = shaped.alpha[written], shaped.dense.abs()[written].sum() + shaped.sparse.abs()[written].sum()
     spread = sparse.view(-1, group).std(1, correction=0)
     histogram = torch.histc(alpha, 10, 0.0, 1.0) / len(alpha)
@@ -302,10 +305,10 @@ def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows:
         some = rows[start : start + chunk]
         t, image, _ = trainer.sample(policy, some, corpus, "held out")
         mine, base = (score(model, t.x0, t.step, t.length, image, temperature) for model in (policy, trainer.reference))
-        inside = (t.step > 0) & (t.step < HIDDEN)
+        inside = revealed(t.step)
         words = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
         kl += len(some) * float(words + categorical_kl(mine.length_distribution, base.length_distribution).mean())
-        entropy -= float((mine.distribution.exp() * mine.distribution.nan_to_num(neginf=0.0)).sum(-1)[inside].sum())
+        entropy += float(categorical_entropy(mine.distribution)[inside].sum())
         tokens += int(inside.sum())
     return {"kl": kl / len(rows), "entropy": entropy / max(tokens, 1)}
 
@@ -358,7 +361,7 @@ def train_rlhf(
     trainer = Trainer(run, policy, reference, reward, eyes.alignment, words, corpora["train"], state.extra)
     if "base" not in state.extra:
         sampled, _, _ = trainer.sample(reference, list(range(min(len(corpora["val"]), 128))), corpora["val"], "confidence")
-        odds = log_odds(sampled.confidence[(sampled.step > 0) & (sampled.step < HIDDEN)])
+        odds = log_odds(sampled.confidence[revealed(sampled.step)])
         state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
         state.best = state.extra["base"]["judge"]
