@@ -13,7 +13,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import Diffu
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample, score
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser
-from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper, Scales
+from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import HierarchicalRewardShaper, Scales, log_odds
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
     Rollout,
@@ -25,7 +25,6 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
     dense_reward,
     held_out,
     kl_guard,
-    log_odds,
     policy_loss,
     rollout_plan,
     train_rlhf,

@@ -14,7 +14,7 @@ from ..data.text import pad, words_and_owners
 from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
 from ..models.saved import FILES, find_reward, load_denoiser, load_reward
-from ..models.shaping import HierarchicalRewardShaper
+from ..models.shaping import HierarchicalRewardShaper, log_odds
 from ..utils.config import Config
 from ..utils.seeding import usable_device
 from . import metrics
@@ -162,14 +162,14 @@ def word_details(config: Config, reward: RewardModel, found: Evaluation, rows: l
     credit = leave_one_word_out(reward.evidence.alignment, said, whole, joint, max(map(len, said)))
     x0, length = pad([found.ids[row] for row in rows], found.corpus.max_words)
     score = reward.score(x0.to(device), length.to(device), image, joint)
-    odds = torch.tensor([c for row in found.confidence for c in row]).clamp(1e-4, 1 - 1e-4).logit()
+    odds = log_odds(torch.tensor([c for row in found.confidence for c in row]))
     shaper = HierarchicalRewardShaper(config.shaping)
     details = []
     for i, row in enumerate(rows):
         mine = zip(owners[i], found.confidence[row], strict=True)
         least = dict(sorted(mine, key=lambda pair: -pair[1]))  # the last of a word's tokens stays: its least certain
         confidence = torch.tensor([least.get(word, 1.0) for word in whole[i]])
-        z = (confidence.clamp(1e-4, 1 - 1e-4).logit() - odds.mean()) / odds.std().clamp(min=1e-6)
+        z = (log_odds(confidence) - odds.mean()) / odds.std().clamp(min=1e-6)
         alpha = shaper.alpha(z[None])[0].tolist()
         parts = zip(said[i], confidence.tolist(), alpha, credit[i].tolist(), strict=False)
         details.append([WordDetail(word=w, confidence=c, alpha=a, dense=d, sparse=float(score[i])) for w, c, a, d in parts])

@@ -74,6 +74,10 @@ def dealt_out(z: Float[Tensor, "B T"], written: Bool[Tensor, "B T"], generator: 
     return z.masked_scatter(written, values[order.to(z.device)])
 
 
+def log_odds(confidence: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return torch.logit(confidence.clamp(1e-4, 1 - 1e-4))
+
+
 def _sum_by_step(value: Float[Tensor, "B T"], step: Int[Tensor, "B T"], steps: int) -> Float[Tensor, "B K"]:
     return torch.zeros(len(value), steps, device=value.device).scatter_add(1, (step - 1).clamp(0, steps - 1), value * revealed(step))
 

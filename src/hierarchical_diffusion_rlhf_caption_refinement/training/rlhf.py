@@ -32,6 +32,7 @@ from ..models.shaping import (
     dense_from_caption,
     dense_from_potential,
     dense_from_words,
+    log_odds,
 )
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
 from ..utils.seeding import generator
@@ -88,10 +89,6 @@ def dense_reward(
     drafts = [[" ".join(words(draft[:n])[0]) for draft in row] for row, n in zip(t.drafts.tolist(), t.length.tolist(), strict=True)]
     written = revealed(t.step)  # "a" or "two" may decide what comes: all words of a step earn what it adds
     return dense_from_potential(step_potential(alignment, drafts, joint), written, t.step)
-
-
-def log_odds(confidence: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return torch.logit(confidence.clamp(1e-4, 1 - 1e-4))
 
 
 def policy_loss(
