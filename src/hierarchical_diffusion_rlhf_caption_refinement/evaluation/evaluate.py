@@ -4,7 +4,7 @@ Axes: N images, B = N x G captions, T caption length.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def reference_intervals(captions: Sequence[str], examples: Sequence[Example], dr
     each = {"cider_d": metrics.cider_d(candidates, references)[1], "rouge_l": metrics.rouge_l(candidates, references)[1]}
     each["specificity"] = metrics.specificity(candidates, references)
     found |= {name: metrics.bootstrap(values, draws=draws) for name, values in each.items()}
-    return {name: {"value": row.value, "low": row.low, "high": row.high} for name, row in found.items()}
+    return {name: asdict(row) for name, row in found.items()}
 
 
 @torch.no_grad()
@@ -243,8 +243,7 @@ def with_mirrored(corpus: Corpus, eyes: Eyes, cache: Path) -> Corpus:
 
 
 def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:
-    found = metrics.bootstrap(values, groups)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return asdict(metrics.bootstrap(values, groups))
 
 
 def gold_of(examples: Sequence[Example]) -> Callable[[Sequence[str]], dict[str, float]] | None:

@@ -201,21 +201,17 @@ def bootstrap(values: Shaped[np.ndarray, " n"], groups: Iterable[Hashable] | Non
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_sums(
-    rows: Float[np.ndarray, "n k"], statistic: Callable[[Float[np.ndarray, " k"]], float], draws: int = 500, seed: int = 0
-) -> Interval:
+def bootstrap_sums(rows: Float[np.ndarray, "n k"], statistic: Callable[[Float[np.ndarray, " k"]], float], draws: int = 500) -> Interval:
     """A statistic of the sum of all images' rows, such as BLEU, with its 95 % percentile interval over resampled images."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = [statistic(rows[rng.integers(len(rows), size=len(rows))].sum(0)) for _ in range(draws)]
     low, high = np.percentile(values, [2.5, 97.5])
     return Interval(statistic(rows.sum(0)), float(low), float(high))
 
 
-def win_rate(
-    a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"], groups: Iterable[Hashable] | None = None, draws: int = 2000, seed: int = 0
-) -> Interval:
+def win_rate(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"], groups: Iterable[Hashable] | None = None) -> Interval:
     """Share of the rows on which a scores above b, ties counted half, with its interval clustered by group."""
-    return bootstrap((a > b) + 0.5 * (a == b), groups, draws, seed)
+    return bootstrap((a > b) + 0.5 * (a == b), groups)
 
 
 # --- Predicted probabilities

@@ -1,6 +1,6 @@
 """The summary of a run: the specification's tables from the log, held-out quality of base and refined model, samples for the report."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +84,7 @@ def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
     """How often the refined caption has the higher hidden utility, ties half; None without a hidden truth."""
     if refined.gold is None or base.gold is None:
         return None
-    found = metrics.win_rate(refined.gold["utility"], base.gold["utility"])
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return asdict(metrics.win_rate(refined.gold["utility"], base.gold["utility"]))
 
 
 def tables(rows: list[Row]) -> dict[str, list[Row]]:
