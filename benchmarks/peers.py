@@ -26,7 +26,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.text import decode_rows
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
     build_corpus,
     fit_of,
-    gold_of,
+    gold_summary,
     reference_scores,
     text_statistics,
     with_mirrored,
@@ -201,8 +201,7 @@ def judge(model, corpus: Corpus, plan: SamplerConfig, alignment: Alignment, coun
     rows = list(range(min(count, len(corpus))))
     texts = [text for part in torch.tensor(rows).split(100) for text in model.captions(corpus, part.tolist(), plan, alignment)]
     examples = corpus.examples[: len(rows)]
-    gold = gold_of(examples)
-    return (gold(texts) if gold else reference_scores(texts, examples)) | text_statistics(texts)
+    return (gold_summary(texts, examples) or reference_scores(texts, examples)) | text_statistics(texts)
 
 
 def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, plan: SamplerConfig, alignment: Alignment) -> dict:

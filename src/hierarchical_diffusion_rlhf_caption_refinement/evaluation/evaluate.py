@@ -155,8 +155,10 @@ def write_captions(
 
 
 def gold_qualities(captions: Sequence[str], examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """The scenes' hidden truth about each caption: QUALITIES and words. For evaluation only; it never reaches training."""
+    """The scenes' hidden truth about captions: QUALITIES and words; {} of photographs. For evaluation only; it never reaches training."""
     found = [check(text, example.scene) for text, example in zip(captions, examples, strict=True) if example.scene is not None]
+    if not found:
+        return {}
     return {q: np.array([getattr(f, q) for f in found]) for q in QUALITIES} | {"mean_words": np.array([len(c.split()) for c in captions])}
 
 
@@ -244,8 +246,3 @@ def with_mirrored(corpus: Corpus, eyes: Eyes, cache: Path) -> Corpus:
 
 def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:
     return asdict(metrics.bootstrap(values, groups))
-
-
-def gold_of(examples: Sequence[Example]) -> Callable[[Sequence[str]], dict[str, float]] | None:
-    """Scorer of captions by the hidden truth, where there is one."""
-    return (lambda captions: gold_summary(captions, examples)) if examples[0].scene is not None else None

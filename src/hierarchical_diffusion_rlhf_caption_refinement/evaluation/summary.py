@@ -47,7 +47,8 @@ class Evaluation:
     captions: list[str]
     corpus: Corpus
     metrics: dict[str, Any]
-    gold: dict[str, np.ndarray] | None
+    gold: dict[str, np.ndarray]
+    """Of each caption, by the scenes' truth; {} of photographs."""
     ids: list[list[int]]
     confidence: list[list[float]]
     reward: RewardModel | None
@@ -71,7 +72,7 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     found["retrieval"] = retrieval(eyes.alignment, corpus)
     if written.reward is not None:
         found["reward"] = interval_row(written.reward.double().numpy())
-    gold = gold_qualities(written.texts, corpus.examples) if corpus.examples[0].scene is not None else None
+    gold = gold_qualities(written.texts, corpus.examples)
     intervals = {k: interval_row(v) for k, v in gold.items()} if gold else reference_intervals(written.texts, corpus.examples)
     found["intervals"] = intervals
     found["gold" if gold else "references"] = {name: row["value"] for name, row in intervals.items()}
@@ -82,7 +83,7 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
 
 def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
     """How often the refined caption has the higher hidden utility, ties half; None without a hidden truth."""
-    if refined.gold is None or base.gold is None:
+    if not (refined.gold and base.gold):
         return None
     return asdict(metrics.win_rate(refined.gold["utility"], base.gold["utility"]))
 
@@ -108,7 +109,7 @@ def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Pat
     summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
     summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}
     summary["parameters"] = {kind: count_parameters(paths[kind], kind) for kind in there}
-    if found and (first := next(iter(found.values()))).gold is not None:
+    if found and (first := next(iter(found.values()))).gold:
         summary["gold"] = {"data": data_gold(first.corpus.examples)} | {kind: e.metrics["gold"] for kind, e in found.items()}
         texts = [example.captions[0] for example in first.corpus.examples]
         summary["alignment"] = best_alignment(rows) | {
@@ -141,7 +142,7 @@ def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> li
     details = word_details(config, after.reward, after, list(rows)) if after.reward else [[] for _ in rows]
 
     def quality(e: Evaluation, row: int) -> dict[str, float]:
-        return {name: float(values[row]) for name, values in e.gold.items()} if e.gold else {}
+        return {name: float(values[row]) for name, values in e.gold.items()}
 
     return [
         Sample(

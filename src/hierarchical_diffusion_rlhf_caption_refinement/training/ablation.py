@@ -58,7 +58,7 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
     config = job.config
     refined = evaluate_checkpoint(config.models / FILES["rlhf"], "rlhf", config, CACHE)
     base = evaluate_checkpoint(config.sources / FILES["base"], "base", config, CACHE)
-    if refined.gold is None or base.gold is None:
+    if not (refined.gold and base.gold):
         raise ValueError("an ablation needs captions whose true quality is known: data.source=scenes")
     rows = [
         {k: row[k] for k in ("epoch", "step", "seconds", "stopped") if k in row}

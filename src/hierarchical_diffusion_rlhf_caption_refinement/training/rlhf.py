@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.corpus import Corpus
 from ..data.streams import batch_indices, share
-from ..evaluation.evaluate import Worth, gold_of, text_statistics, write_captions
+from ..evaluation.evaluate import Worth, gold_summary, text_statistics, write_captions
 from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential, text_scores
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import HIDDEN, revealed
@@ -319,8 +319,7 @@ def held_out(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, ju
     written = write_captions(policy, corpus, rows, config.sampler.plain, config.seed)
     worth = {name: float(of(corpus, rows, written.trajectory).mean()) for name, of in {"reward": trainer.reward, "judge": judge}.items()}
     facts = worth | drift(trainer, policy, corpus, rows[:DRIFT_IMAGES])
-    gold = gold_of(corpus.examples)
-    truth = {f"gold_{name}": value for name, value in gold(written.texts).items()} if gold else {}
+    truth = {f"gold_{name}": value for name, value in gold_summary(written.texts, corpus.examples).items()}
     loss = {"loss": validation_loss(policy, corpus, config.base, config.seed)}
     return loss | facts | text_statistics(written.texts) | truth
 
