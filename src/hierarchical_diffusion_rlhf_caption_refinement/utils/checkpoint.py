@@ -47,8 +47,6 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
     objects: those are refused, because unpickling them can run any code.
     """
     saved = _read(Path(path))
-    if not isinstance(saved, dict) or not {"format", "kind", "payload"} <= saved.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of this project")
     if saved["format"] > FORMAT:
         raise CheckpointError(f"{path}: has format {saved['format']}, this version reads up to {FORMAT}; update the package")
     if saved["kind"] != kind:
@@ -58,13 +56,10 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
 
 def kind_of(path: str | Path) -> str:
     """What kind of checkpoint a file is. Raises CheckpointError."""
-    saved = _read(Path(path))
-    if not isinstance(saved, dict) or "kind" not in saved:
-        raise CheckpointError(f"{path}: not a checkpoint of this project")
-    return saved["kind"]
+    return _read(Path(path))["kind"]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     refused = CheckpointError(f"{path}: refused: it holds Python objects, which can run code when loaded; none of it was run")
     damaged = CheckpointError(f"{path}: damaged or cut short")
     try:
@@ -79,7 +74,7 @@ def _read(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
             if archive.testzip() is not None:
                 raise damaged
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except zipfile.BadZipFile:
@@ -88,3 +83,6 @@ def _read(path: Path) -> Any:
         raise refused from None
     except RuntimeError:  # an archive, but not one of torch's
         raise CheckpointError(f"{path}: not a checkpoint") from None
+    if not isinstance(saved, dict) or not {"format", "kind", "payload"} <= saved.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    return saved
