@@ -52,17 +52,15 @@ class Evaluation:
     ids: list[list[int]]
     confidence: list[list[float]]
     reward: RewardModel | None
+    parameters: int
+    """Of the captioner."""
 
 
-def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Config | None, cache: Path) -> Evaluation:
-    """Captions of the test split and what they are worth; settings of data and sampler are the checkpoint's unless `config` is given.
-
-    Raises CheckpointError.
-    """
+def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Config, cache: Path) -> Evaluation:
+    """Captions of the test split and what they are worth, by this config's data and sampler. Raises CheckpointError."""
     eyes, model, _ = load_denoiser(path, kind)
     device = usable_device()
     eyes, model = eyes.to(device), model.to(device)
-    config = config or eyes.config
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
     beside = find_reward(path, eyes.config)
     reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0].to(device) if beside else None
@@ -78,7 +76,8 @@ def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Confi
     found["gold" if gold else "references"] = {name: row["value"] for name, row in intervals.items()}
     t = written.trajectory
     ids, confidence = ([row[:n] for row, n in zip(x.tolist(), t.length.tolist(), strict=True)] for x in (t.x0, t.confidence))
-    return Evaluation(written.texts, corpus, found, gold, ids, confidence, reward)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Evaluation(written.texts, corpus, found, gold, ids, confidence, reward, parameters)
 
 
 def win_rate(refined: Evaluation, base: Evaluation) -> dict[str, float] | None:
@@ -104,11 +103,10 @@ def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Pat
     paths: dict[Literal["base", "rlhf"], Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     if not paths["base"].exists():
         paths["base"] = config.models / FILES["base"]
-    there: list[Literal["base", "rlhf"]] = [kind for kind in paths if paths[kind].exists()]
-    found: dict[str, Evaluation] = {kind: evaluate_checkpoint(paths[kind], kind, config, cache) for kind in there}
+    found: dict[str, Evaluation] = {k: evaluate_checkpoint(path, k, config, cache) for k, path in paths.items() if path.exists()}
     summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
     summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}
-    summary["parameters"] = {kind: count_parameters(paths[kind], kind) for kind in there}
+    summary["parameters"] = {kind: e.parameters for kind, e in found.items()}
     if found and (first := next(iter(found.values()))).gold:
         summary["gold"] = {"data": data_gold(first.corpus.examples)} | {kind: e.metrics["gold"] for kind, e in found.items()}
         texts = [example.captions[0] for example in first.corpus.examples]
@@ -128,10 +126,6 @@ def best_alignment(rows: list[Row]) -> dict[str, float]:
     epochs = [row for row in rows if row["stage"] == "alignment"]
     chosen = max(epochs, key=lambda row: row["val_text_to_image_r10"], default={})
     return {k: v for k, v in chosen.items() if k.startswith("val_")}
-
-
-def count_parameters(path: Path, kind: Literal["base", "rlhf"]) -> int:
-    return sum(p.numel() for p in load_denoiser(path, kind)[1].parameters())
 
 
 def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> list[Sample]:
