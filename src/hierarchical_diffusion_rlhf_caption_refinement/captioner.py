@@ -8,7 +8,6 @@ from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from .models.denoiser import DiffusionCaptionModel
 from .models.diffusion import HIDDEN
 from .models.reward import EVEN, QUALITIES, RewardModel
 from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noise_for, thin
-from .models.saved import Eyes
+from .models.saved import Eyes, Kind
 from .pretrained import Parts, load_parts, save_parts
 from .repair import Editor, Repair
 from .utils.config import ConfigError, SamplerConfig
@@ -172,9 +171,7 @@ class Captioner:
             eyes.vision.eval()
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, kind: Literal["base", "rlhf"] | None = None, device: torch.device | str = "cpu"
-    ) -> "Captioner":
+    def from_pretrained(cls, path: str | Path, kind: Kind | None = None, device: torch.device | str = "cpu") -> "Captioner":
         """From a folder or a hub id as `save_pretrained` and `push_to_hub` leave them, or from a run's checkpoint or folder of checkpoints:
         its refined model unless `kind` says base, with the reward model beside it, or of the run that it started from.
 

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, no_type_check
+from typing import Any, no_type_check
 
 import transformers
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from .models.reward import RewardModel
 from .models.saved import (
     FILES,
     Eyes,
+    Kind,
     build_denoiser,
     captioner_kind,
     eyes_from,
@@ -51,7 +52,7 @@ WANTED = ["*.json", "*.safetensors", "*.txt", "*.md"]
 class Parts:
     """All that a captioner consists of."""
 
-    kind: Literal["base", "rlhf"]
+    kind: Kind
     eyes: Eyes
     denoiser: DiffusionCaptionModel
     reward: RewardModel | None
@@ -69,7 +70,7 @@ class Parts:
         return measured(json.loads(path.read_text(encoding="utf-8"))) if where_it_was_made and path.exists() else {}
 
 
-def load_parts(source: str | Path, kind: Literal["base", "rlhf"] | None = None) -> Parts:
+def load_parts(source: str | Path, kind: Kind | None = None) -> Parts:
     """From a checkpoint, a run's folder of checkpoints (its refined model unless `kind` says base), a folder that `save_parts` wrote, or
     the hub. Raises CheckpointError."""
     path = local(source)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ..data.sources import load_examples
 from ..data.text import pad, words_and_owners
 from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
-from ..models.saved import FILES, find_reward, load_denoiser, load_reward
+from ..models.saved import FILES, Kind, find_reward, load_denoiser, load_reward
 from ..models.shaping import HierarchicalRewardShaper, log_odds
 from ..utils.config import Config
 from ..utils.seeding import usable_device
@@ -56,7 +56,7 @@ class Evaluation:
     """Of the captioner."""
 
 
-def evaluate_checkpoint(path: Path, kind: Literal["base", "rlhf"], config: Config, cache: Path) -> Evaluation:
+def evaluate_checkpoint(path: Path, kind: Kind, config: Config, cache: Path) -> Evaluation:
     """Captions of the test split and what they are worth, by this config's data and sampler. Raises CheckpointError."""
     eyes, model, _ = load_denoiser(path, kind)
     device = usable_device()
@@ -100,7 +100,7 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """All that `results/training_summary.json` holds, from the log and from whichever checkpoints there are."""
-    paths: dict[Literal["base", "rlhf"], Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
+    paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     if not paths["base"].exists():
         paths["base"] = config.models / FILES["base"]
     found: dict[str, Evaluation] = {k: evaluate_checkpoint(path, k, config, cache) for k, path in paths.items() if path.exists()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..utils import checkpoint
 from ..utils.checkpoint import CheckpointError
-from ..utils.config import Config, ConfigError, config_from_plain, to_plain
+from ..utils.config import Config, ConfigError, Stage, config_from_plain, to_plain
 from .alignment import Alignment, AlignmentModel, PretrainedClip
 from .denoiser import DiffusionCaptionModel
 from .gpt2 import add_lora, load_gpt2, merged_weights, shape_of, start_from_gpt2
@@ -18,8 +18,9 @@ from .reward import Evidence, RewardModel, Words
 from .vision import PatchEncoder, PretrainedVision, build_vision
 
 Vision = PatchEncoder | PretrainedVision
-Kind = Literal["alignment", "base", "reward", "rlhf"]
-FILES: dict[Kind, str] = {
+Kind = Literal["base", "rlhf"]
+"""Of a captioner."""
+FILES: dict[Stage, str] = {
     "alignment": "alignment_model.pt",
     "base": "best_base_model.pt",
     "reward": "best_reward_model.pt",
@@ -121,7 +122,7 @@ def load_eyes(path: Path) -> tuple[Eyes, dict[str, Any]]:
     return eyes_from(payload, path), payload["facts"]
 
 
-def captioner_kind(path: Path) -> Literal["base", "rlhf"]:
+def captioner_kind(path: Path) -> Kind:
     """Which of the two captioners a checkpoint is. Raises CheckpointError."""
     kind = checkpoint.kind_of(path)
     if kind not in ("base", "rlhf"):
@@ -129,11 +130,11 @@ def captioner_kind(path: Path) -> Literal["base", "rlhf"]:
     return kind
 
 
-def save_denoiser(path: Path, kind: Literal["base", "rlhf"], eyes: Eyes, model: nn.Module, facts: dict[str, Any]) -> None:
+def save_denoiser(path: Path, kind: Kind, eyes: Eyes, model: nn.Module, facts: dict[str, Any]) -> None:
     checkpoint.save(path, kind, eyes_payload(eyes) | {"model": merged_weights(model), "facts": facts})
 
 
-def load_denoiser(path: Path, kind: Literal["base", "rlhf"]) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:
+def load_denoiser(path: Path, kind: Kind) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:
     """Eyes, the model in eval mode, and the facts saved with it. Raises CheckpointError."""
     payload = checkpoint.load(path, kind)
     eyes = eyes_from(payload, path)

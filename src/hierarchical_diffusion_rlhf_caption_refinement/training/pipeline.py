@@ -13,7 +13,7 @@ from ..data.text import words_and_owners
 from ..evaluation.evaluate import agreement, build_corpus, preference, with_mirrored, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
-from ..models.saved import FILES, Eyes, Kind, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..models.saved import FILES, Eyes, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
 from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.runlog import write_json
@@ -58,7 +58,7 @@ class Pipeline:
     def corpora(self) -> dict[str, Corpus]:
         return {split: build_corpus(self.eyes, examples, self.run.cache) for split, examples in self.examples.items()}
 
-    def find(self, kind: Kind) -> Path:
+    def find(self, kind: Stage) -> Path:
         """The checkpoint of an earlier stage. Raises MissingStage."""
         path = self.run.config.sources / FILES[kind]
         if not path.exists():
