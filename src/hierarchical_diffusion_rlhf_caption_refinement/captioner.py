@@ -208,7 +208,7 @@ class Captioner:
         several = [images] if isinstance(images, str | Path | Image) else list(images)
         if not several:
             return []
-        seen = [self.look(image if isinstance(image, Image) else load_image(image)) for image in several]
+        seen = [self.look(image) for image in several]
         found = self.write(seen, replace(self.plan, **settings), seed, wishes)  # type: ignore[arg-type]
         for caption in found:
             if isinstance(caption, ObedienceError):
@@ -222,7 +222,7 @@ class Captioner:
         Shown is the first caption drawn. What takes its place, a better candidate or one found to obey, and the outcome of a beam search
         come at once, as the last. Raises what a call raises.
         """
-        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        seen = self.look(image)
         plan = self.bounded(replace(self.plan, **settings), wishes)  # type: ignore[arg-type]
         for written in self.drawn([seen], plan, seed, None, self.orders(wishes).banned):
             draft = self.describe(written, 0, None, seed)
@@ -251,7 +251,7 @@ class Captioner:
 
     def audit(self, image: str | Path | Image, caption: str) -> Repair:
         """How well each word of a caption fits the image. Raises ImageError, and ValueError for a caption without words."""
-        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        seen = self.look(image)
         return self.editor.audit(caption, seen.tokens, seen.joint)
 
     def refine(self, image: str | Path | Image, caption: str, weak: float | None = None, seed: int = 0) -> Repair:
@@ -260,7 +260,7 @@ class Captioner:
 
         Raises ImageError, and ValueError for a caption without words or a captioner without a reward model.
         """
-        seen = self.look(image if isinstance(image, Image) else load_image(image))
+        seen = self.look(image)
         return self.editor.repair(caption, seen.tokens, seen.joint, seen.key, seed, weak)
 
     @property
@@ -270,8 +270,9 @@ class Captioner:
         return Editor(denoiser, self.eyes.tokenizer, self.reward, self.dials)
 
     @torch.no_grad()
-    def look(self, picture: Image) -> Seen:
-        """What the models see of a picture; alone, so that it is the same in every company."""
+    def look(self, image: str | Path | Image) -> Seen:
+        """What the models see of a picture; alone, so that it is the same in every company. Raises ImageError."""
+        picture = image if isinstance(image, Image) else load_image(image)
         tokens = self.eyes.vision.encode([picture]).to(torch.float16).float().to(self.model.mask.device)  # as the feature cache keeps them
         alignment = self.eyes.alignment
         joint = alignment.embed_images(alignment.encode([picture]) if isinstance(alignment, PretrainedClip) else tokens)
