@@ -166,17 +166,14 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
                 writer.writerow(flat)
                 writer.writerows([row[f] for f in flat] for _, row in rows)
                 return
-            as_list = output.format in ("json", "coco")
-            file.write("[" if as_list else "")
-            for i, (item, row) in enumerate((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl")):
-                file.write(
-                    f"{',' if i and as_list else ''}{_newline(as_list)}{json.dumps(_shaped(output, item, row))}{_newline(not as_list)}"
-                )
-            file.write("\n]\n" if as_list else "")
-
-
-def _newline(wanted: bool) -> str:
-    return "\n" if wanted else ""
+            shown = ((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl"))
+            lines = (json.dumps(_shaped(output, item, row)) for item, row in shown)
+            if output.format in ("json", "coco"):
+                file.write("[")
+                file.writelines(f"{',' if i else ''}\n{line}" for i, line in enumerate(lines))
+                file.write("\n]\n")
+            else:
+                file.writelines(f"{line}\n" for line in lines)
 
 
 def _shaped(output: Output, item: Item, row: Row) -> Row:
@@ -187,7 +184,7 @@ def _shaped(output: Output, item: Item, row: Row) -> Row:
     return {field: row[field] for field in output.fields}
 
 
-def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row], size: int = 1000) -> None:
+def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row]) -> None:
     parquet = load_pyarrow(path)
     import pyarrow
 
@@ -202,7 +199,7 @@ def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row], size:
         some: list[Row] = []
         for row in rows:
             some.append({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()})
-            if len(some) == size:
+            if len(some) == 1000:
                 writer.write_table(pyarrow.Table.from_pylist(some, schema))
                 some = []
         writer.write_table(pyarrow.Table.from_pylist(some, schema))
