@@ -33,7 +33,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.shaping import centre
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, dense_reward
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ShapingConfig
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
 
 BLOCK = 10
 """Rollouts whose mean gradient is kept."""

@@ -45,7 +45,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.reward import decid
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, load_config
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
 
 SEEN = (
     "alignment", "mean word credit", "worst word credit",

@@ -31,7 +31,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pip
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, start_accelerator
 from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Row, RunLog, StageLog, write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import write_json
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Row, RunLog, StageLog
 from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import set_threads
 
 WARM = 5

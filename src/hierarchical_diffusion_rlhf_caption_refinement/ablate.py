@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .utils.command import find_config, guarded, refuse
 from .utils.config import ConfigError, flat, to_plain
+from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
-from .utils.runlog import write_json
 
 
 def ablate_parser(prog: str) -> argparse.ArgumentParser:

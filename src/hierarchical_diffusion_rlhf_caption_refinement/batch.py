@@ -25,6 +25,7 @@ from .inputs import Item
 from .outputs import DRAFT_FIELDS, FIELDS, LISTS, Output, Row, beside, joined, read_text, write_table, write_text
 from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
+from .utils.files import parse_row
 from .utils.interrupt import deferred_interrupts
 
 LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
@@ -154,7 +155,7 @@ class Log:
             with path.open("rb") as file:
                 offset = 0
                 for line in file:
-                    if (row := _parse(line)) is not None:
+                    if row := parse_row(line, "image", "identity", "run", "time", "error"):
                         self._note(row, i, offset)
                     offset += len(line)
 
@@ -186,14 +187,6 @@ class Log:
         self.file.write(b"".join(json.dumps({**row, "time": time.time()}).encode() + b"\n" for row in rows))
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"image", "identity", "run", "time", "error"} <= row.keys() else None
 
 
 @dataclass(frozen=True)

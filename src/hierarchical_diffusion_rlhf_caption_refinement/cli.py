@@ -19,7 +19,8 @@ from rich.table import Table
 from .ablate import ablate, ablate_parser
 from .utils.command import find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
-from .utils.runlog import RunLog, write_json
+from .utils.files import write_json
+from .utils.runlog import RunLog
 
 DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
 CACHE = Path("cache")

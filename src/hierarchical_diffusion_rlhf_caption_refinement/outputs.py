@@ -1,12 +1,10 @@
 """Where the captions of `predict` go: text files beside the images or in a tree like theirs, and tables; each whole or not at all."""
 
 import csv
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -14,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 from .data.images import SUFFIXES
 from .inputs import Item, load_pyarrow
 from .utils.config import ConfigError
+from .utils.files import whole
 
 Format = Literal["txt", "json", "jsonl", "csv", "parquet", "metadata", "coco"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -136,15 +135,6 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return ""
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to that replaces `path` in one go; a kill leaves a hidden file that the next attempt replaces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
-    yield partial
-    os.replace(partial, path)
 
 
 def write_text(path: Path, content: str) -> None:

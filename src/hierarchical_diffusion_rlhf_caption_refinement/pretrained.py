@@ -41,6 +41,7 @@ from .models.saved import (
 from .models.vision import PretrainedVision, quiet
 from .utils.checkpoint import CheckpointError
 from .utils.config import Config, VisionConfig, to_plain
+from .utils.files import write_json
 
 MODEL_TYPE = "caprefine"
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -112,11 +113,11 @@ def save_parts(folder: Path, parts: Parts) -> None:
     told["transformers_version"] = transformers.__version__
     flat = {f"{part}.{name}": tensor.contiguous() for part, tensors in state.items() for name, tensor in tensors.items()}
     save_file(flat, folder / WEIGHTS, {"format": "pt"})
-    _write_json(folder / CONFIG, told)
+    write_json(folder / CONFIG, told, indent=2)
     eyes.tokenizer.save(str(folder / TOKENIZER))
     special = {"pad_token": PAD, "unk_token": UNKNOWN_WORD}
     known = {name: token for name, token in special.items() if eyes.tokenizer.token_to_id(token) is not None}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **known})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **known}, indent=2)
     size = sum(p.numel() for p in parts.denoiser.parameters()), eyes.tokenizer.get_vocab_size()
     (folder / CARD).write_text(model_card(eyes.config, parts.kind, *size, told["measured"]), encoding="utf-8")
     with quiet():
@@ -124,7 +125,7 @@ def save_parts(folder: Path, parts: Parts) -> None:
             eyes.vision.processor.save_pretrained(folder)
             eyes.vision.save_backbone(folder / "vision")
         else:
-            _write_json(folder / "preprocessor_config.json", _patches_processor(eyes.config.vision))
+            write_json(folder / "preprocessor_config.json", _patches_processor(eyes.config.vision), indent=2)
         if isinstance(eyes.alignment, PretrainedClip):
             for part in (eyes.alignment.model, eyes.alignment.tokenizer, eyes.alignment.processor):
                 part.save_pretrained(folder / "alignment")
@@ -183,10 +184,6 @@ def _patches_processor(vision: VisionConfig) -> dict[str, Any]:
         "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": size, "resample": 3,
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @no_type_check  # the __init__ that it inherits takes more than its signature says

@@ -265,7 +265,7 @@ def test_what_cannot_be_written_is_an_error_and_no_dead_link(server: Server, tmp
     def full(*paths: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(downloads.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         download([server.url("red")], tmp_path, 1, 1)
     assert rows(tmp_path) == []

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import http.client
 import json
-import os
 import socket
 import ssl
 import threading
@@ -20,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TextIO
 
+from ..utils.files import whole
 from ..utils.runlog import counter
 from .images import ImageError, fetch_bytes, load_image
 
@@ -101,9 +101,8 @@ def _fetch(url: str, path: Path) -> Outcome:
             load_image(data, url)
     except Exception as error:  # urllib, http.client, ssl and socket share no narrower class
         return _failure(url, error)
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".tmp").write_bytes(data)
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as partial:
+        partial.write_bytes(data)
     return Outcome(url)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from ..evaluation.summary import evaluate_checkpoint, win_rate
 from ..models.saved import FILES
 from ..utils.config import flat, to_plain
+from ..utils.files import write_json
 from ..utils.grid import Grid, Job
-from ..utils.runlog import RunLog, write_json
+from ..utils.runlog import RunLog
 from ..utils.seeding import set_threads
 from .pipeline import Pipeline
 from .run import Run, start_accelerator

@@ -16,7 +16,7 @@ from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
 from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
-from ..utils.runlog import write_json
+from ..utils.files import write_json
 from ..utils.seeding import seed_of
 from .alignment import train_alignment
 from .base import train_base

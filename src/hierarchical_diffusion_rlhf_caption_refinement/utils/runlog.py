@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from .files import parse_row, whole
 
 Row = dict[str, Any]
 SHOWN = ("loss", "reward", "kl")
@@ -32,7 +33,7 @@ class RunLog:
         """The rows written so far, oldest first; a line torn by a kill is left out."""
         if not self.path.exists():
             return []
-        parsed = (_parse(line) for line in self.path.read_text(encoding="utf-8").splitlines())
+        parsed = (parse_row(line, "stage", "step") for line in self.path.read_text(encoding="utf-8").splitlines())
         return [row for row in parsed if row is not None and stage in (None, row["stage"])]
 
     def write(self, stage: str, row: Row) -> None:
@@ -46,9 +47,9 @@ class RunLog:
     def rewind(self, stage: str, step: int) -> None:
         """Drop what `stage` wrote after `step`, so that a resumed stage leaves the same rows as an uninterrupted one."""
         if self.main and self.path.exists():
-            partial = self.path.with_name(self.path.name + ".tmp")
-            partial.write_text("".join(_line(r) for r in self.rows() if r["stage"] != stage or r["step"] <= step), encoding="utf-8")
-            os.replace(partial, self.path)
+            kept = [r for r in self.rows() if r["stage"] != stage or r["step"] <= step]
+            with whole(self.path) as partial:
+                partial.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     @contextmanager
     def stage(self, name: str, total: int, resume_step: int = 0, console: Console | None = None) -> Iterator["StageLog"]:
@@ -133,19 +134,3 @@ def _brief(row: Row, shown: Sequence[str], room: int) -> str:
 
 def _line(row: Row) -> str:
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n"
-
-
-def _parse(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and {"stage", "step"} <= row.keys() else None
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=indent, default=float) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -1,0 +1,32 @@
+"""Files that are there whole or not at all, and lines that may be torn."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to that replaces `path` in one go; a kill leaves a hidden file that the next attempt replaces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
+    yield partial
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent, default=float) + "\n", encoding="utf-8")
+
+
+def parse_row(line: str | bytes, *keys: str) -> dict[str, Any] | None:
+    """The object of a line of JSON; None if a kill cut it short, or a key is missing."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= set(keys) else None
