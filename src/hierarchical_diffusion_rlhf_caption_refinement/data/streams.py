@@ -1,5 +1,6 @@
 """Index-addressed batches: which examples batch i holds depends on the seed and on i alone, so any batch can be replayed."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TypeVar
@@ -31,11 +32,4 @@ def share(size: int, rank: int, world: int) -> slice:
 
 def stream(make: Callable[[int], T]) -> Callable[[int], Iterator[T]]:
     """First index -> endless batches from there on."""
-
-    def batches(start: int) -> Iterator[T]:
-        index = start
-        while True:
-            yield make(index)
-            index += 1
-
-    return batches
+    return lambda start: map(make, itertools.count(start))

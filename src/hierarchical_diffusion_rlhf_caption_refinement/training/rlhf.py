@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,12 +162,8 @@ class Trainer:
     def rollouts(self, start: int) -> Iterator[Rollout]:
         """From update `start` on; each rollout serves `inner_updates` updates."""
         inner = self.config.rlhf.inner_updates
-        index = start // inner
-        while True:
-            rollout = self.roll(index)
-            for _ in range(inner):
-                yield rollout
-            index += 1
+        for index in count(start // inner):
+            yield from repeat(self.roll(index), inner)
 
     def progress(self, index: int) -> float:
         """Share of the training that rollout `index` begins at."""
