@@ -40,17 +40,16 @@ class Written:
     reward: Float[Tensor, " B"] | None
 
 
-def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(p, name) for p in parts])
+PARTS = ("x0", "step", "length", "logp", "confidence", "length_logp")
+"""Of a trajectory, without its drafts."""
 
-    names = ("x0", "step", "length", "logp", "confidence", "length_logp")
-    return Trajectory(**{name: join(name) for name in names}, drafts=None)
+
+def concatenate(some: Sequence[Trajectory]) -> Trajectory:
+    return Trajectory(**{name: torch.cat([getattr(t, name) for t in some]) for name in PARTS}, drafts=None)
 
 
 def pick(trajectory: Trajectory, rows: Tensor) -> Trajectory:
-    names = ("x0", "step", "length", "logp", "confidence", "length_logp")
-    return replace(trajectory, **{name: getattr(trajectory, name)[rows] for name in names}, drafts=None)
+    return Trajectory(**{name: getattr(trajectory, name)[rows] for name in PARTS}, drafts=None)
 
 
 def best_candidates(trajectory: Trajectory, score: Tensor | None, candidates: int) -> tuple[Trajectory, Tensor]:
