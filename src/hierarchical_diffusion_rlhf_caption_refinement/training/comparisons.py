@@ -71,8 +71,7 @@ class Pairs:
         return Pairs(self.corpus, comparisons, images, a, b, self.label[rows], self.reasons[rows])
 
     def head(self, count: int) -> "Pairs":
-        a, b = ((x0[:count], length[:count]) for x0, length in (self.a, self.b))
-        return Pairs(self.corpus, self.comparisons[:count], self.rows[:count], a, b, self.label[:count], self.reasons[:count])
+        return self.some(range(min(count, len(self))))
 
 
 @dataclass(frozen=True)
