@@ -65,7 +65,7 @@ def _ablate(args: argparse.Namespace) -> int:
 
 def done(job: Job, output: Path) -> bool:
     """Whether an arm has its record, made with what is configured now, or a shared stage its time."""
-    path = output / f"{job.name}.json" if job.arm else job.results / "stages.json"
+    path = job.record(output) if job.arm else job.results / "stages.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not job.arm:
         return set(job.stages) <= found.keys()
@@ -133,7 +133,7 @@ def note_failure(grid: Grid, job: Job, reason: str, output: Path) -> set[str]:
     """The job's name, after it was printed and, of an arm, recorded: the next call tries it again."""
     print(f"failed: {job.name}: {reason}", flush=True)
     if job.arm:
-        write_json(output / f"{job.name}.json", grid.facts(job) | {"error": reason})
+        write_json(job.record(output), grid.facts(job) | {"error": reason})
     return {job.name}
 
 

@@ -45,13 +45,9 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     pipeline = Pipeline(Run(config, start_accelerator(config), log, True, CACHE))
     pipeline.train(job.stages)
     if job.arm:
-        write_json(record_path(output, job), record(grid, job, log, pipeline.times()), indent=None)
+        write_json(job.record(output), record(grid, job, log, pipeline.times()), indent=None)
         for stage in job.stages:
             pipeline.run.last(stage).unlink(missing_ok=True)
-
-
-def record_path(output: Path, job: Job) -> Path:
-    return output / f"{job.name}.json"
 
 
 def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class Job:
     def results(self) -> Path:
         return Path("results") / self.run
 
+    def record(self, output: Path) -> Path:
+        """The file of an arm's record."""
+        return output / f"{self.name}.json"
+
 
 @dataclass(frozen=True)
 class Grid:
