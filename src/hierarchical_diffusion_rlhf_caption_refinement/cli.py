@@ -32,10 +32,6 @@ SHOWN = 20
 """Captions that `predict --refine` shows when its rows go to a file, and that an audit lists."""
 
 
-def _read_config(args: argparse.Namespace) -> Config:
-    return load_config([find_config(name) for name in args.config or []], args.overrides)
-
-
 def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Train the captioner, evaluate it, and write a report.")
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file, or the name of a shipped one; later ones win")
@@ -51,7 +47,7 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = _read_config(args)
+    config = load_config([find_config(name) for name in args.config or []], args.overrides)
     if config.start_from and args.stage == "all":
         raise ConfigError("start_from: which stage is to build on it? --stage says; a whole run makes its own models")
     from accelerate import DistributedDataParallelKwargs
