@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.corpus import Corpus
-from ..data.features import counter
 from ..data.text import decode_rows
 from ..evaluation.evaluate import Worth, fit_of
 from ..models.alignment import Alignment
@@ -20,6 +19,7 @@ from ..models.denoiser import DiffusionCaptionModel
 from ..models.sampler import Trajectory
 from ..models.shaping import centre
 from ..utils.config import SamplerConfig, ShapingConfig
+from ..utils.runlog import counter
 
 SEARCH = SamplerConfig(order="left_to_right", beams=3, lengths=3, both_ways=True, clip=0.5)
 """Nine candidates of each image; `clip` weighs the rewards beside nats per token."""
