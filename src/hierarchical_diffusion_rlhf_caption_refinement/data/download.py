@@ -21,14 +21,12 @@ from typing import TextIO
 
 from ..utils.files import whole
 from ..utils.runlog import counter
-from .images import ImageError, fetch_bytes, load_image
+from .images import MAX_BYTES, TIMEOUT_S, ImageError, fetch_bytes, load_image
 
 PER_HOST = 4
 """Connections to one host at a time."""
 PAUSE_S = 0.1
 """From the start of one request to the next to the same host."""
-TIMEOUT_S, MAX_BYTES = 10.0, 20_000_000
-"""Limits of one image."""
 PATIENCE_S = 60.0
 """Longest Retry-After that is waited for; a host that wants more, or refuses again after it, is left alone until the next run."""
 RUNS = 3

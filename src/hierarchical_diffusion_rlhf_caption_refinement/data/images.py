@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"])
 MAX_SIDE = 4096
 """Pixels; larger images are reduced to it. Pillow refuses more than 179 million pixels as a decompression bomb."""
+TIMEOUT_S, MAX_BYTES = 10.0, 20_000_000
+"""Limits of an image that is fetched."""
 USER_AGENT = "hierarchical-diffusion-rlhf-caption-refinement (image captioning)"
 
 _REASONS: dict[type[Exception], str] = {
@@ -80,7 +82,7 @@ def load_image(source: str | Path | bytes, name: str = "image data") -> Image.Im
         raise image_error(name, error) from None
 
 
-def fetch_bytes(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) -> bytes:
+def fetch_bytes(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYTES) -> bytes:
     """Body behind an http(s) address, whole, within `timeout_s` seconds and `max_bytes`.
 
     Raises ValueError if it can never be had; else whatever urllib, http.client, ssl and socket raise.
@@ -104,7 +106,7 @@ def fetch_bytes(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) 
     return bytes(data)
 
 
-def fetch_image(url: str, timeout_s: float = 10.0, max_bytes: int = 20_000_000) -> Image.Image:
+def fetch_image(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYTES) -> Image.Image:
     """RGB image behind an http(s) address, within `timeout_s` seconds and `max_bytes`. Raises ImageError."""
     try:
         data = fetch_bytes(url, timeout_s, max_bytes)
