@@ -215,5 +215,3 @@ def test_build_vision(tmp_path: Path) -> None:
     assert isinstance(patches, PatchEncoder) and (patches.width, patches.num_tokens) == (32, 16)
     vision = build_vision(VisionConfig(backbone=save(tiny("dinov2")[0], tmp_path), width=8))
     assert isinstance(vision, PretrainedVision) and (vision.width, vision.num_tokens) == (8, 18)
-    with pytest.raises(VisionError, match="multiple"):
-        PatchEncoder(image_size=60)

@@ -208,10 +208,8 @@ def to_pixels(images: Sequence[Image.Image], size: int) -> Float[Tensor, "B 3 H 
 class PatchEncoder(nn.Module):
     """A small transformer over the patches of a square image, for training from scratch."""
 
-    def __init__(self, width: int = 128, image_size: int = 64, patch_size: int = 16, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, width: int, image_size: int, patch_size: int, layers: int, heads: int) -> None:
         super().__init__()
-        if image_size % patch_size or width % heads:
-            raise VisionError("vision.image_size must be a multiple of vision.patch_size, and vision.width of vision.heads")
         self.width, self.image_size, self.patch_size = width, image_size, patch_size
         self.num_tokens = (image_size // patch_size) ** 2
         self.embed = nn.Sequential(nn.Linear(3 * patch_size**2, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
