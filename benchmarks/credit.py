@@ -44,10 +44,10 @@ MIXED = (0.2, 0.3, 0.5, 0.7)
 
 def trainer_of(models: Path, policy: Path | None, cache: Path) -> Trainer:
     """Everything that a rollout needs, as the models were made."""
-    eyes, base, _ = load_denoiser(models / FILES["base"], "base")
+    eyes, base = load_denoiser(models / FILES["base"], "base")
     drawn = load_denoiser(policy, "rlhf")[1] if policy else copy.deepcopy(base)
     words = words_and_owners(eyes.tokenizer)
-    reward, _ = load_reward(models / FILES["reward"], words)
+    reward = load_reward(models / FILES["reward"], words)
     config = replace(eyes.config, run="credit", shaping=ShapingConfig(dense="step_potential"))
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["train"], cache)
     run = Run(config, Accelerator(cpu=True), RunLog(config.results), False, cache)

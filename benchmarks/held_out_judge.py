@@ -59,7 +59,7 @@ CACHE, HELD_OUT = Path("cache"), 200
 
 def other_eyes(config: Config, examples: list) -> tuple:
     """The run's eyes, and the same with an alignment model of the judge's own."""
-    eyes, _ = load_eyes(config.sources / FILES["alignment"])
+    eyes = load_eyes(config.sources / FILES["alignment"])
     own = replace(config, run=f"{config.run}_held_out_judge", start_from="")
     run = Run(own, Accelerator(cpu=True), RunLog(own.results), False, CACHE)
     run.config.models.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def other_eyes(config: Config, examples: list) -> tuple:
     other = replace(eyes, config=config, alignment=build_alignment(config, eyes.tokenizer, eyes.vision.width))
     path = run.config.models / FILES["alignment"]
     fit_alignment(run, other, other.alignment, {"train": examples[HELD_OUT:], "val": examples[:HELD_OUT]}, path)
-    return eyes, load_eyes(path)[0]
+    return eyes, load_eyes(path)
 
 
 def split_seed(config: Config) -> int:

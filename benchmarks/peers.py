@@ -256,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
     torch.set_num_threads(config.threads or 1)
-    eyes = with_config(load_eyes(config.sources / FILES["alignment"])[0], config)
+    eyes = with_config(load_eyes(config.sources / FILES["alignment"]), config)
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
     if config.base.mirror:
         corpora["train"] = with_mirrored(corpora["train"], eyes, Path("cache"))

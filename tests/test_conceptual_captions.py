@@ -173,7 +173,7 @@ def test_every_stage_runs(run: Path) -> None:
     report = json.loads((results / "reward_report.json").read_text())
     assert sum(report["comparisons"].values()) == 6 * IMAGES and min(report["comparisons"].values()) > 0
     assert report["rater_agreement"] == 1  # who chose a side chose the same
-    eyes, model, _ = load_denoiser(run / "models/conceptual_captions/best_rlhf_model.pt", "rlhf")
+    eyes, model = load_denoiser(run / "models/conceptual_captions/best_rlhf_model.pt", "rlhf")
     base = eyes.config.base
     assert (base.width, base.layers, base.heads, len(model.h)) == (16, 3, 2, 3) and eyes.vision.num_tokens == 18
     tokenizer = Tokenizer.from_file(str(run / "moved/tokenizer.json"))

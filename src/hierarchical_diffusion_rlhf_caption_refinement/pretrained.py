@@ -80,10 +80,10 @@ def load_parts(source: str | Path, kind: Kind | None = None) -> Parts:
     if path.is_dir():
         kind = kind or "rlhf"
         path /= FILES[kind]
-    eyes, denoiser, _ = load_denoiser(path, kind := kind or captioner_kind(path))
+    eyes, denoiser = load_denoiser(path, kind := kind or captioner_kind(path))
     if not (beside := find_reward(path, eyes.config)):
         return Parts(kind, eyes, denoiser, None, (path,))
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0]
+    reward = load_reward(beside, words_and_owners(eyes.tokenizer))
     return Parts(kind, replace(eyes, alignment=reward.evidence.alignment), denoiser, reward, (path, beside))
 
 

@@ -125,7 +125,7 @@ def test_a_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
     learn(model, 2)
     save_denoiser(tmp_path / "base.pt", "base", eyes, model, {})
     shutil.rmtree(tmp_path / "gpt2")
-    back, loaded, _ = load_denoiser(tmp_path / "base.pt", "base")
+    back, loaded = load_denoiser(tmp_path / "base.pt", "base")
     assert back.config == eyes.config
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
@@ -144,7 +144,7 @@ def test_adapters_leave_gpt2_alone_and_vanish_from_the_checkpoint(tmp_path: Path
     torch.testing.assert_close(kept["h.0.mlp.c_fc.base_layer.weight"], gpt2.h[0].mlp.c_fc.weight.T)
     save_denoiser(tmp_path / "base.pt", "base", eyes, model, {})
     torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
-    _, plain, _ = load_denoiser(tmp_path / "base.pt", "base")
+    _, plain = load_denoiser(tmp_path / "base.pt", "base")
     assert set(plain.state_dict()) == set(build_denoiser(eyes).state_dict())
     with torch.no_grad():
         now = content_logits(model.eval(), x0, image)

@@ -20,6 +20,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     with_config,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.models.vision import VisionError, build_vision
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import AlignmentConfig, BaseConfig, Config, DataConfig, VisionConfig
 
@@ -41,8 +42,9 @@ def eyes() -> Eyes:
 
 def test_eyes_come_back_as_they_were(eyes: Eyes, tmp_path: Path) -> None:
     save_eyes(tmp_path / "eyes.pt", eyes, {"row": {"val": 0.5}})
-    back, facts = load_eyes(tmp_path / "eyes.pt")
-    assert facts == {"row": {"val": 0.5}} and back.config == CONFIG and back.banned == eyes.banned == (0, 1)
+    back = load_eyes(tmp_path / "eyes.pt")
+    assert checkpoint.load(tmp_path / "eyes.pt", "alignment")["facts"] == {"row": {"val": 0.5}}
+    assert back.config == CONFIG and back.banned == eyes.banned == (0, 1)
     assert back.tokenizer.to_str() == eyes.tokenizer.to_str() and back.vision.fingerprint() == eyes.vision.fingerprint()
     torch.testing.assert_close(back.alignment.embed_texts(["a red cat"]), eyes.alignment.embed_texts(["a red cat"]))
     assert not any(p.requires_grad for p in back.alignment.parameters())  # type: ignore[attr-defined]
@@ -51,7 +53,7 @@ def test_eyes_come_back_as_they_were(eyes: Eyes, tmp_path: Path) -> None:
 def test_a_captioner_comes_back_with_all_it_needs(eyes: Eyes, tmp_path: Path) -> None:
     model = build_denoiser(eyes, dropout=0.5)
     save_denoiser(tmp_path / "base.pt", "base", eyes, model, {})
-    back, loaded, _ = load_denoiser(tmp_path / "base.pt", "base")
+    back, loaded = load_denoiser(tmp_path / "base.pt", "base")
     x0, step, length, image = torch.full((1, 3), 2), torch.ones(1, 3, dtype=torch.long), torch.tensor([3]), torch.randn(1, 4, 16)
     torch.testing.assert_close(loaded(x0, step, length, image).logits, model.eval()(x0, step, length, image).logits)
     assert not loaded.training and back.vision.fingerprint() == eyes.vision.fingerprint()
@@ -69,11 +71,12 @@ def test_a_reward_model_comes_back_with_its_scores(eyes: Eyes, tmp_path: Path, r
         for parameter in reward.readers.parameters():
             parameter.add_(torch.randn_like(parameter))
     save_reward(tmp_path / "reward.pt", eyes, reward, {"accuracy": 0.7})
-    back, facts = load_reward(tmp_path / "reward.pt", words)
+    back = load_reward(tmp_path / "reward.pt", words)
     image = torch.randn(2, 4, 16)
     asked = (torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([3, 2]), image, eyes.alignment.embed_images(image))
     torch.testing.assert_close(back.score(*asked), reward.score(*asked))
-    assert facts == {"accuracy": 0.7} and not back.training and not any(p.requires_grad for p in back.parameters())
+    assert checkpoint.load(tmp_path / "reward.pt", "reward")["facts"] == {"accuracy": 0.7}
+    assert not back.training and not any(p.requires_grad for p in back.parameters())
 
 
 def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ def test_files_from_before_alpha_could_fade_did_not_fade(eyes: Eyes, tmp_path: P
     shaping.pop("fade")
     shaping["preference_weight"] = 0.0
     torch.save(saved, tmp_path / "eyes.pt")
-    assert load_eyes(tmp_path / "eyes.pt")[0].config.shaping.fade == 0
+    assert load_eyes(tmp_path / "eyes.pt").config.shaping.fade == 0
 
 
 def test_another_runs_settings_do_not_change_what_the_eyes_are_built_from(eyes: Eyes) -> None:

@@ -11,6 +11,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDD
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch, caption_loss, train_base, validation_loss
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig
 from hierarchical_diffusion_rlhf_caption_refinement.utils.seeding import generator
 
@@ -76,8 +77,8 @@ def test_training_learns_and_keeps_the_best_weights(world: Any, run_of: Callable
     rows = run.log.rows("base")
     losses = [row["val_loss"] for row in rows]
     assert len(rows) == 3 and min(losses) < 0.9 * validation_loss(world.denoiser(), world.corpora["val"], base, 0)
-    _, model, facts = load_denoiser(path, "base")
-    assert facts["row"]["val_loss"] == min(losses)
+    _, model = load_denoiser(path, "base")
+    assert checkpoint.load(path, "base")["facts"]["row"]["val_loss"] == min(losses)
     assert validation_loss(model, world.corpora["val"], base, run.config.seed) == pytest.approx(min(losses), abs=1e-5)
 
 

@@ -31,6 +31,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import (
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState, make_optimizer
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, RLHFConfig, ShapingConfig
 
@@ -401,11 +402,11 @@ def test_weights_that_raise_an_alarm_are_never_kept(world: Any, run_of: RunOf, m
     run, base, reward = run_of(world.config, rlhf=rlhf), world.denoiser(), preference(world.reward())
     path = train_rlhf(run, replace(world.eyes, config=run.config), base, reward, reward, world.corpora, world.words)
     rows = run.log.rows("rlhf")
-    _, kept, facts = load_denoiser(path, "rlhf")
+    _, kept = load_denoiser(path, "rlhf")
     judged = [row["val_judge"] for row in rows]
     assert [row.get("val_alarm_repetition") for row in rows[1:]] == [1.0 if alarmed else None] * 3
     best = 0 if alarmed else judged.index(max(judged))
-    assert len(rows) == 4 and facts["row"]["epoch"] == best
+    assert len(rows) == 4 and checkpoint.load(path, "rlhf")["facts"]["row"]["epoch"] == best
     other = run_of(run.config, shaping=ShapingConfig(clip_weight=0.0), resume=True)
     with pytest.raises(CheckpointError, match=r"last_rlhf\.pt: was trained with shaping\.clip_weight=0\.5, now it is 0\.0; remove it"):
         train_rlhf(other, replace(world.eyes, config=other.config), base, reward, reward, world.corpora, world.words)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import preference
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Trainer, train_rlhf
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, start_accelerator, steps_per_epoch
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
@@ -55,7 +55,7 @@ def test_a_killed_rlhf_run_resumes_to_the_same_weights(
         run = run_of(world.config, resume=resume, rlhf=settings)
         path = train_rlhf(run, world.eyes, base, preference(world.reward(base)), preference(world.reward()), world.corpora, world.words)
         assert path == run.config.models / FILES["rlhf"]
-        _, _, facts = load_denoiser(path, "rlhf")
+        facts = checkpoint.load(path, "rlhf")["facts"]
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.log.rows("rlhf")]
         return checkpoint.load(run.last("rlhf"), "training")["model"], rows, facts["row"]["step"]
 

@@ -58,12 +58,12 @@ class Evaluation:
 
 def evaluate_checkpoint(path: Path, kind: Kind, config: Config, cache: Path) -> Evaluation:
     """Captions of the test split and what they are worth, by this config's data and sampler. Raises CheckpointError."""
-    eyes, model, _ = load_denoiser(path, kind)
+    eyes, model = load_denoiser(path, kind)
     device = usable_device()
     eyes, model = eyes.to(device), model.to(device)
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
     beside = find_reward(path, eyes.config)
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))[0].to(device) if beside else None
+    reward = load_reward(beside, words_and_owners(eyes.tokenizer)).to(device) if beside else None
     rows = list(range(len(corpus)))
     written = write_captions(model, corpus, rows, config.sampler, config.seed, reward, eyes.alignment)
     found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)

@@ -117,9 +117,8 @@ def save_eyes(path: Path, eyes: Eyes, facts: dict[str, Any]) -> None:
     checkpoint.save(path, "alignment", eyes_payload(eyes) | {"facts": facts})
 
 
-def load_eyes(path: Path) -> tuple[Eyes, dict[str, Any]]:
-    payload = checkpoint.load(path, "alignment")
-    return eyes_from(payload, path), payload["facts"]
+def load_eyes(path: Path) -> Eyes:
+    return eyes_from(checkpoint.load(path, "alignment"), path)
 
 
 def captioner_kind(path: Path) -> Kind:
@@ -134,13 +133,13 @@ def save_denoiser(path: Path, kind: Kind, eyes: Eyes, model: nn.Module, facts: d
     checkpoint.save(path, kind, eyes_payload(eyes) | {"model": merged_weights(model), "facts": facts})
 
 
-def load_denoiser(path: Path, kind: Kind) -> tuple[Eyes, DiffusionCaptionModel, dict[str, Any]]:
-    """Eyes, the model in eval mode, and the facts saved with it. Raises CheckpointError."""
+def load_denoiser(path: Path, kind: Kind) -> tuple[Eyes, DiffusionCaptionModel]:
+    """Eyes, and the model in eval mode. Raises CheckpointError."""
     payload = checkpoint.load(path, kind)
     eyes = eyes_from(payload, path)
     model = build_denoiser(eyes)
     load_weights(model, payload["model"], path)
-    return eyes, model.eval(), payload["facts"]
+    return eyes, model.eval()
 
 
 def reward_payload(reward: RewardModel) -> dict[str, Any]:
@@ -165,10 +164,10 @@ def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, An
     checkpoint.save(path, "reward", eyes_payload(eyes) | reward_payload(reward) | {"facts": facts})
 
 
-def load_reward(path: Path, words: Words) -> tuple[RewardModel, dict[str, Any]]:
-    """The frozen reward model and the facts saved with it. Raises CheckpointError."""
+def load_reward(path: Path, words: Words) -> RewardModel:
+    """The frozen reward model. Raises CheckpointError."""
     payload = checkpoint.load(path, "reward")
-    return reward_from(eyes_from(payload, path), words, payload, path), payload["facts"]
+    return reward_from(eyes_from(payload, path), words, payload, path)
 
 
 def find_reward(captioner: Path, config: Config) -> Path | None:

@@ -140,7 +140,7 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
     else:
         fit_alignment(run, eyes, alignment, examples, path)
     run.accelerator.wait_for_everyone()
-    return load_eyes(path)[0]
+    return load_eyes(path)
 
 
 def fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dict[str, list[Example]], path: Path) -> None:

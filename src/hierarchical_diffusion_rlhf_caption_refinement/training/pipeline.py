@@ -52,7 +52,7 @@ class Pipeline:
 
     @cached_property
     def eyes(self) -> Eyes:
-        return with_config(load_eyes(self.find("alignment"))[0], self.run.config).to(self.run.device)
+        return with_config(load_eyes(self.find("alignment")), self.run.config).to(self.run.device)
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
@@ -130,7 +130,7 @@ class Pipeline:
 
     def load_captioner(self, path: Path) -> tuple[Eyes, DiffusionCaptionModel]:
         """A base or refined model, and the eyes with the shape that it was trained in. Raises ConfigError if its eyes are others."""
-        found, model, _ = load_denoiser(path, captioner_kind(path))
+        found, model = load_denoiser(path, captioner_kind(path))
         its, own = ((eyes.tokenizer.get_vocab(), eyes.vision.fingerprint()) for eyes in (found, self.eyes))
         if its != own:
             raise ConfigError(f"{path}: has other eyes or another vocabulary than {self.find('alignment')}")
@@ -189,5 +189,5 @@ class Pipeline:
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
             paths = self.find("reward"), config.sources / JUDGE
-            reward, judge = (preference(load_reward(path, self.words)[0].to(self.run.device)) for path in paths)
+            reward, judge = (preference(load_reward(path, self.words).to(self.run.device)) for path in paths)
         train_rlhf(self.run, eyes, start, reward, judge, corpora, self.words)
