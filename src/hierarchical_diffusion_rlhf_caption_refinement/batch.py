@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,13 +57,8 @@ class Work:
 
     def rows(self, tasks: Iterable[Task], batch_size: int) -> Iterator[list[tuple[Task, Row]]]:
         """A row per task, in batches; each is a caption with its tokens and reward, or an error."""
-        some: list[tuple[Task, Seen | str]] = []
-        for task, picture in ahead(tasks):
-            some.append((task, self.look(task.item, picture)))
-            if len(some) == batch_size:
-                yield self.write(some)
-                some = []
-        if some:
+        looked = ((task, self.look(task.item, picture)) for task, picture in ahead(tasks))
+        while some := list(islice(looked, batch_size)):
             yield self.write(some)
 
     def look(self, item: Item, picture: "Future[Image]") -> Seen | str:

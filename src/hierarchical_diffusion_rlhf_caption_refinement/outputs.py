@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -186,10 +187,6 @@ def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row]) -> No
     types |= {"tokens": pyarrow.list_(token), "words": pyarrow.list_(word), "seed": whole_number}
     schema = pyarrow.schema([(field, types[field]) for field in fields])
     with parquet.ParquetWriter(path, schema) as writer:
-        some: list[Row] = []
-        for row in rows:
-            some.append({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()})
-            if len(some) == 1000:
-                writer.write_table(pyarrow.Table.from_pylist(some, schema))
-                some = []
-        writer.write_table(pyarrow.Table.from_pylist(some, schema))
+        clean = ({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+        while some := list(islice(clean, 1000)):
+            writer.write_table(pyarrow.Table.from_pylist(some, schema))
