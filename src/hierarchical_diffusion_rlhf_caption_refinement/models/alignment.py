@@ -72,7 +72,7 @@ class AlignmentModel(nn.Module):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "B E"]:
         rows = [e.ids[: self.max_length] for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        width = max(1, *(len(row) for row in rows)) if rows else 1
+        width = max([1, *map(len, rows)])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.log_scale.device).view(len(rows), width)
         return self.embed_ids(ids, torch.tensor([len(row) for row in rows], device=ids.device))
 

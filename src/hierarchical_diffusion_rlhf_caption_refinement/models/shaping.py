@@ -91,10 +91,9 @@ def centre(x: Float[Tensor, "B ..."], group: int) -> Float[Tensor, "B ..."]:
 def centred_dense(dense: Dense, step: Int[Tensor, "B T"], group: int, credit: str) -> Float[Tensor, "B T"]:
     """Dense credit of each token less what the group earns on average; exactly 0 where a token cannot earn any."""
     if credit == "local":
-        weight = dense.credited.float().unflatten(0, (-1, group))
-        total = (dense.token.unflatten(0, (-1, group)) * weight).sum((1, 2), keepdim=True)
-        mean = total / weight.sum((1, 2), keepdim=True).clamp(min=1)
-        return ((dense.token.unflatten(0, (-1, group)) - mean) * weight).flatten(0, 1)
+        token, weight = (x.unflatten(0, (-1, group)) for x in (dense.token, dense.credited.float()))
+        mean = (token * weight).sum((1, 2), keepdim=True) / weight.sum((1, 2), keepdim=True).clamp(min=1)
+        return ((token - mean) * weight).flatten(0, 1)
     to_go = centre(dense.per_step.flip(1).cumsum(1).flip(1), group)  # (B, K): this step's credit and all later steps'
     return to_go.gather(1, (step - 1).clamp(0, to_go.shape[1] - 1))
 
@@ -137,14 +136,14 @@ class HierarchicalRewardShaper:
         """Normalise each reward on its own, mix them by alpha (times `trust`), place the credit."""
         written = revealed(step)
         alpha = trust * self.alpha(z) * written
-        s = (centre(sparse, group) / max(scales.sparse, 1e-8))[:, None] * written
+        whole = centre(sparse, group) / max(scales.sparse, 1e-8)
+        s = whole[:, None] * written
         if self.config.credit == "potential" and self.weight > 0:
             d, s_part = self._potential(dense, alpha, step, group, scales) * written, s
         else:
             d = alpha * centred_dense(dense, step, group, self.config.credit) / max(scales.dense, 1e-8) * written
             s_part = (1 - alpha) * s
-        length = centre(sparse, group) / max(scales.sparse, 1e-8) * float(self.config.preference_weight > 0)
-        return Shaped(d + s_part, alpha, d, s_part, length)
+        return Shaped(d + s_part, alpha, d, s_part, whole * float(self.config.preference_weight > 0))
 
     def _potential(self, dense: Dense, alpha: Tensor, step: Int[Tensor, "B T"], group: int, scales: Scales) -> Float[Tensor, "B T"]:
         """Credit to go of F_k = (alpha Phi)_k - (alpha Phi)_(k-1) with Phi = 0 at the end: minus alpha Phi of the state each token was

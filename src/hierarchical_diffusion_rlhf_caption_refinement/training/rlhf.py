@@ -261,7 +261,7 @@ def rollout_facts(t: Trajectory, dense: Dense, sparse: Float[Tensor, " B"], shap
     }
 
 
-def kl_guard(config: RLHFConfig, extra: dict[str, Any]) -> Any:
+def kl_guard(config: RLHFConfig, extra: dict[str, Any]) -> Stop:
     """The KL controller (Ziegler et al. 2019: proportional, one-sided) and the hard stop, as the engine's `stop`."""
 
     def stop(state: TrainState, row: Row) -> str | None:
