@@ -49,7 +49,15 @@ def examined(label: Tensor, features: Tensor, others: Tensor | None = None, per_
     n = len(label)
     corpus = Corpus([], np.zeros((0, 1, 1), np.float16), torch.zeros(0, 1), build_tokenizer(["a"], 1), 2)
     ids = torch.full((n, 2), 2), torch.full((n,), 2)
-    pairs = Pairs(corpus, [], [i // per_image for i in range(n)], ids, ids, label, torch.ones(n, 4, dtype=torch.bool))
+    pairs = Pairs(
+        corpus,
+        [Comparison(str(i), "", "a", "a", "a") for i in range(n)],
+        [i // per_image for i in range(n)],
+        ids,
+        ids,
+        label,
+        torch.ones(n, 4, dtype=torch.bool),
+    )
     base = torch.zeros_like(features) if others is None else others
     a, b = (Side(f, torch.zeros(n, 2, 32), torch.ones(n, 2, dtype=torch.bool)) for f in (base + features, base))
     return Examined(pairs, a, b, torch.zeros(n, 4, 32))
