@@ -87,6 +87,18 @@ def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path)
     assert "base.pt" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["model", "vision", "alignment"])
+def test_weights_that_are_no_numbers_are_refused(eyes: Eyes, tmp_path: Path, part: str) -> None:
+    save_denoiser(tmp_path / "base.pt", "base", eyes, build_denoiser(eyes), {})
+    saved = torch.load(tmp_path / "base.pt", weights_only=True)
+    name = next(iter(saved["payload"][part]))
+    saved["payload"][part][name].view(-1)[-1] = float("nan")
+    torch.save(saved, tmp_path / "base.pt")
+    with pytest.raises(CheckpointError) as error:
+        load_denoiser(tmp_path / "base.pt", "base")
+    assert str(error.value) == f"{tmp_path / 'base.pt'}: damaged: not all numbers of {name} are finite"
+
+
 def test_settings_of_another_version_are_one_line_that_names_file_and_key(eyes: Eyes, tmp_path: Path) -> None:
     save_eyes(tmp_path / "eyes.pt", eyes, {})
     saved = torch.load(tmp_path / "eyes.pt", weights_only=True)
