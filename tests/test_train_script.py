@@ -11,6 +11,7 @@ from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 
@@ -200,6 +201,9 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     [
         ("shaping.clip_wieght=0", "error: shaping.clip_wieght=0: unknown key 'shaping.clip_wieght'; did you mean 'shaping.clip_weight'?\n"),
         ("rlhf.group=1", "error: rlhf.group must be at least 2: captions are compared within it\n"),
+        ("run=../escape", "error: run=../escape: names folders inside models/ and results/, none outside\n"),
+        ("run=/tmp/escape", "error: run=/tmp/escape: names folders inside models/ and results/, none outside\n"),
+        ("base.heads=0", "error: base.heads=0: must be at least 1\n"),
         ("epochs", "error: epochs: expected key.sub=value\n"),
         ("start_from=models", "error: start_from: which stage is to build on it? --stage says; a whole run makes its own models\n"),
     ],
@@ -210,6 +214,15 @@ def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, 
     assert capsys.readouterr().err == line and list(tmp_path.iterdir()) == []
 
 
+def test_a_second_run_of_the_same_name_waits_for_nobody(copy, capsys):
+    before = {path: path.read_bytes() for path in sorted(copy.rglob("*")) if path.is_file()}
+    with reserved(Path("results/smoke/lock")):
+        assert cli.train(["--config", str(SMOKE), "--stage", "rlhf"]) == 1
+        assert capsys.readouterr().err == "error: another run is writing results/smoke\n"
+        assert {path: path.read_bytes() for path in sorted(copy.rglob("*")) if path.is_file()} == before
+    assert cli.train(["--config", str(SMOKE), "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
@@ -218,7 +231,7 @@ def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, 
         (["data.source=jsonl", "data.path=missing.jsonl", "--stage", "base"], 1, "missing.jsonl: No such file or directory"),
         (["data.source=jsonl", "data.path=missing.jsonl"], 2, "the reward stage needs data.ratings or data.comparisons"),
         (["data.train=0"], 1, "data.source=scenes: data.train, data.val, data.test and data.captions_per_image must be positive"),
-        (["alignment.fit.lr=1e30", "data.train=64"], 1, "the gradient is not finite"),
+        (["alignment.fit.lr=1e12", "data.train=64"], 1, "the gradient is not finite"),
     ],
 )
 def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, code, reason):

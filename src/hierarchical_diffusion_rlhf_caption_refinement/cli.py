@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from rich.table import Table
 from .ablate import ablate, ablate_parser
 from .utils.command import find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
-from .utils.files import write_json
+from .utils.files import reserved, write_json
 from .utils.runlog import RunLog
 
 DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
@@ -60,16 +60,18 @@ def _train(args: argparse.Namespace) -> int:
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
     accelerator = start_accelerator(config, kwargs_handlers=[unused], **trackers)
-    if config.track:
-        accelerator.init_trackers(config.run)
-    log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
-    if accelerator.is_main_process:
-        write_json(config.results / "config.json", to_plain(config) | {"threads": threads, "mixed_precision": accelerator.mixed_precision})
-    pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
-    pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
-    if accelerator.is_main_process:
-        finish(config, log, pipeline.times())
-    accelerator.end_training()
+    with reserved(config.results / "lock") if accelerator.is_main_process else nullcontext():
+        if config.track:
+            accelerator.init_trackers(config.run)
+        log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
+        if accelerator.is_main_process:
+            told = {"threads": threads, "mixed_precision": accelerator.mixed_precision}
+            write_json(config.results / "config.json", to_plain(config) | told)
+        pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
+        pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
+        if accelerator.is_main_process:
+            finish(config, log, pipeline.times())
+        accelerator.end_training()
     return 0
 
 

@@ -433,6 +433,9 @@ class Config:
     rlhf: RLHFConfig = field(default_factory=RLHFConfig)
 
     def __post_init__(self) -> None:
+        run = Path(self.run)
+        inside = not run.is_absolute() and ".." not in run.parts
+        _require(inside, f"run={self.run}: names folders inside models/ and results/, none outside")
         _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
 
     @property
