@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
@@ -162,8 +163,29 @@ def test_a_stage_without_what_it_needs_names_the_command(smoke, tmp_path, monkey
     if missing == "reward":
         shutil.copytree(smoke / "models", tmp_path / "models", ignore=shutil.ignore_patterns("best_reward*", "*rlhf*"))
     assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 1
-    command = f"python scripts/train.py --config configs/smoke.yaml --stage {missing}"
-    assert capsys.readouterr().err == f"error: models/smoke/best_{missing}_model.pt does not exist; make it with: {command}\n"
+    assert capsys.readouterr().err == (
+        f"error: models/smoke/best_{missing}_model.pt does not exist; the same command with --stage {missing} makes it\n"
+    )
+
+
+def test_start_from_a_folder_without_checkpoints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "run=zz", "start_from=nowhere"]) == 1
+    assert capsys.readouterr().err == (
+        "error: nowhere/best_base_model.pt does not exist; start_from is the folder of another run's checkpoints, as models/RUN\n"
+    )
+    assert cli.train(["--config", ""]) == 2
+    assert capsys.readouterr().err == "error: '' is no name of a file\n"
+
+
+def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys):
+    keys = [example.key for split in load_examples(load_config([SMOKE]).data, 0).values() for example in split]
+    rows = [{"image": key, "a": "a red circle", "b": "a blue square", "choice": "tie"} for key in keys]
+    Path("ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.train(["--config", str(SMOKE), "--stage", "reward", "data.comparisons=ties.jsonl"]) == 1
+    assert capsys.readouterr().err == (
+        "error: ties.jsonl: nobody preferred a caption to another in what would be for train, val, test: all ties\n"
+    )
 
 
 def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, monkeypatch):

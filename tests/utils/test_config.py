@@ -250,6 +250,13 @@ def test_a_setting_out_of_its_range_is_named_with_the_range(override, reason):
     assert str(caught.value) == f"{override}: {reason}"
 
 
+def test_an_empty_override_is_an_empty_text():
+    config = load_config([], ["data.comparisons=x", "data.comparisons=", "data.path=a="])
+    assert (config.data.comparisons, config.data.path) == ("", "a=")
+    with pytest.raises(ConfigError, match=r"^seed=: seed: Value '' of type 'str' could not be converted to Integer$"):
+        load_config([], ["seed="])
+
+
 def test_a_frozen_backbone_may_keep_its_own_width():
     assert load_config([], ["vision.backbone=some/model", "vision.width=0"]).vision.width == 0
 

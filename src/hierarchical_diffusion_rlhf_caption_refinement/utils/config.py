@@ -511,9 +511,11 @@ def _layer(where: str, read: Callable[[], Any]) -> Layer:
 
 
 def _arguments(overrides: Sequence[str]) -> list[Layer]:
+    """Nothing after the = is an empty text, which YAML would read as null."""
     for text in overrides:
         _require("=" in text, f"{text}: expected key.sub=value")
-    return [_layer(text, lambda text=text: OmegaConf.from_dotlist([text])) for text in overrides]
+    given = {text: text if text.partition("=")[2] else f"{text}''" for text in overrides}
+    return [_layer(text, lambda text=text: OmegaConf.from_dotlist([given[text]])) for text in overrides]
 
 
 def _merged(layers: Sequence[Layer]) -> Config:
