@@ -224,7 +224,7 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
         ("shaping.clip_wieght=0", "error: shaping.clip_wieght=0: unknown key 'shaping.clip_wieght'; did you mean 'shaping.clip_weight'?\n"),
         ("rlhf.group=1", "error: rlhf.group must be at least 2: captions are compared within it\n"),
         ("run=../escape", "error: run=../escape: names folders inside models/ and results/, none outside\n"),
-        ("run=/tmp/escape", "error: run=/tmp/escape: names folders inside models/ and results/, none outside\n"),
+        ("run=/escape", "error: run=/escape: names folders inside models/ and results/, none outside\n"),
         ("base.heads=0", "error: base.heads=0: must be at least 1\n"),
         ("epochs", "error: epochs: expected key.sub=value\n"),
         ("start_from=models", "error: start_from: which stage is to build on it? --stage says; a whole run makes its own models\n"),

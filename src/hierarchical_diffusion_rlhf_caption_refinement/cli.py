@@ -24,6 +24,8 @@ from .utils.runlog import RunLog
 
 DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
 CACHE = Path("cache")
+SETTLED = ("data.tokenizer", "data.min_count", "data.max_words", "data.ratings", "data.comparisons")
+"""Settings of the data that only training reads."""
 FRESH = 4
 """New images that `train` captions at its end."""
 DRAWN = 0.5
@@ -156,6 +158,14 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> in
     return guarded(lambda: _evaluate(args))
 
 
+def refuse_settled(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a setting that a trained model no longer reads."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key.split(".")[0] not in ("run", "seed", "data", "sampler", "shaping") or key in SETTLED:
+            raise ConfigError(f"{text}: is for training; for an evaluation run, seed, data, sampler and shaping can be set")
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from .evaluation.java_metrics import java_scores
     from .evaluation.metrics import tokenize
@@ -165,6 +175,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .utils.config import with_overrides
 
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
+    refuse_settled(args.overrides)
     main = evaluate_checkpoint(args.checkpoint, args.model_type, config, CACHE)
     names = {str(args.checkpoint): main}
     summary: dict[str, Any] = {"run": config.run, "checkpoint": str(args.checkpoint), "type": args.model_type}
