@@ -89,6 +89,12 @@ def test_a_failure_is_recorded_takes_along_what_needs_it_and_no_more(grid: Path,
     assert "failed: few/reward/0: exit code 1: no luck" in capsys.readouterr().out
 
 
+def test_there_is_no_negative_number_of_processes(grid: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        ablate([str(grid), "--jobs", "-1"])
+    assert stopped.value.code == 2 and "argument --jobs: must be 0 or more" in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_one_line(grid: Path, capsys: pytest.CaptureFixture[str]):
     assert ablate(["absent.yaml"]) == 2 and "absent.yaml: No such file" in capsys.readouterr().err
     assert ablate([str(grid), "--only", "many/*"]) == 2 and "--only many/*: none of the 4 jobs" in capsys.readouterr().err

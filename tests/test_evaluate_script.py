@@ -71,7 +71,12 @@ def test_wrong_kinds_and_settings(there, capsys):
         (["--checkpoint", RLHF, "--compare", REWARD], 1, f"{REWARD}: is a reward checkpoint, expected a captioner: base or rlhf"),
         (["--checkpoint", "models/smoke/last_rlhf.pt"], 1, "models/smoke/last_rlhf.pt: is a training checkpoint, expected rlhf"),
         (["--checkpoint", RLHF, "sampler.stepz=4"], 2, "sampler.stepz=4: unknown key 'sampler.stepz'; did you mean 'sampler.steps'?"),
+        (["--checkpoint", RLHF, "sead=4"], 2, "sead=4: unknown key 'sead'; did you mean 'seed'?"),
+        (["--checkpoint", RLHF, "sampler.guidance=nan"], 2, "sampler.guidance=nan: must be a finite number, and not beyond 1e+12"),
     ]
+    settled = "is for training; for an evaluation run, seed, data, sampler and shaping can be set"
+    for text in ("base.width=64", "vision.image_size=128", "threads=2", "reward.pessimism=1", "rlhf.kl=0", "data.max_words=9"):
+        refused.append((["--checkpoint", RLHF, text], 2, f"{text}: {settled}"))
     for arguments, code, line in refused:
         assert cli.evaluate([*arguments, "--output", "x"]) == code
         assert capsys.readouterr().err == f"error: {line}\n"

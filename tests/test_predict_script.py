@@ -240,6 +240,12 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),
         (["--output", "x.json", "--format", "coco", "@list"], "photo.jpg: its name does not end in a number, the COCO id"),
         (["nothing/*.png"], "nothing/*.png: no image in it"),
+        (["guidance=nan"], "sampler.guidance=nan: must be a finite number"),
+        (["temperature=inf"], "sampler.temperature=inf: must be a finite number"),
+        (["--threshold", "nan"], "sampler.threshold=nan: must be a finite number"),
+        (["steps=99999999999999999999"], "sampler.steps=99999999999999999999: must be a finite number"),
+        (["steps=???"], "sampler.steps=???: 'sampler.steps' has no value"),
+        (["--candidates", "2", "--accuracy", "1e300"], "accuracy, fluency and specificity count from 0 to 100 times"),
     ],
 )
 def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):

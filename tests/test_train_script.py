@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 
@@ -161,8 +163,29 @@ def test_a_stage_without_what_it_needs_names_the_command(smoke, tmp_path, monkey
     if missing == "reward":
         shutil.copytree(smoke / "models", tmp_path / "models", ignore=shutil.ignore_patterns("best_reward*", "*rlhf*"))
     assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 1
-    command = f"python scripts/train.py --config configs/smoke.yaml --stage {missing}"
-    assert capsys.readouterr().err == f"error: models/smoke/best_{missing}_model.pt does not exist; make it with: {command}\n"
+    assert capsys.readouterr().err == (
+        f"error: models/smoke/best_{missing}_model.pt does not exist; the same command with --stage {missing} makes it\n"
+    )
+
+
+def test_start_from_a_folder_without_checkpoints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "run=zz", "start_from=nowhere"]) == 1
+    assert capsys.readouterr().err == (
+        "error: nowhere/best_base_model.pt does not exist; start_from is the folder of another run's checkpoints, as models/RUN\n"
+    )
+    assert cli.train(["--config", ""]) == 2
+    assert capsys.readouterr().err == "error: '' is no name of a file\n"
+
+
+def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys):
+    keys = [example.key for split in load_examples(load_config([SMOKE]).data, 0).values() for example in split]
+    rows = [{"image": key, "a": "a red circle", "b": "a blue square", "choice": "tie"} for key in keys]
+    Path("ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.train(["--config", str(SMOKE), "--stage", "reward", "data.comparisons=ties.jsonl"]) == 1
+    assert capsys.readouterr().err == (
+        "error: ties.jsonl: nobody preferred a caption to another in what would be for train, val, test: all ties\n"
+    )
 
 
 def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, monkeypatch):
@@ -200,6 +223,9 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     [
         ("shaping.clip_wieght=0", "error: shaping.clip_wieght=0: unknown key 'shaping.clip_wieght'; did you mean 'shaping.clip_weight'?\n"),
         ("rlhf.group=1", "error: rlhf.group must be at least 2: captions are compared within it\n"),
+        ("run=../escape", "error: run=../escape: names folders inside models/ and results/, none outside\n"),
+        ("run=/escape", "error: run=/escape: names folders inside models/ and results/, none outside\n"),
+        ("base.heads=0", "error: base.heads=0: must be at least 1\n"),
         ("epochs", "error: epochs: expected key.sub=value\n"),
         ("start_from=models", "error: start_from: which stage is to build on it? --stage says; a whole run makes its own models\n"),
     ],
@@ -210,6 +236,15 @@ def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, 
     assert capsys.readouterr().err == line and list(tmp_path.iterdir()) == []
 
 
+def test_a_second_run_of_the_same_name_waits_for_nobody(copy, capsys):
+    before = {path: path.read_bytes() for path in sorted(copy.rglob("*")) if path.is_file()}
+    with reserved(Path("results/smoke/lock")):
+        assert cli.train(["--config", str(SMOKE), "--stage", "rlhf"]) == 1
+        assert capsys.readouterr().err == "error: another run is writing results/smoke\n"
+        assert {path: path.read_bytes() for path in sorted(copy.rglob("*")) if path.is_file()} == before
+    assert cli.train(["--config", str(SMOKE), "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
@@ -218,7 +253,7 @@ def test_wrong_settings_exit_with_2_and_one_line(tmp_path, monkeypatch, capsys, 
         (["data.source=jsonl", "data.path=missing.jsonl", "--stage", "base"], 1, "missing.jsonl: No such file or directory"),
         (["data.source=jsonl", "data.path=missing.jsonl"], 2, "the reward stage needs data.ratings or data.comparisons"),
         (["data.train=0"], 1, "data.source=scenes: data.train, data.val, data.test and data.captions_per_image must be positive"),
-        (["alignment.fit.lr=1e30", "data.train=64"], 1, "the gradient is not finite"),
+        (["alignment.fit.lr=1e12", "data.train=64"], 1, "the gradient is not finite"),
     ],
 )
 def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, code, reason):

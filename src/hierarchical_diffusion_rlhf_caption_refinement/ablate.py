@@ -17,10 +17,16 @@ from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
 
 
+def not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
 def ablate_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.")
     parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/arms.yaml")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default: 2); 0: in this process")
+    parser.add_argument("--jobs", type=not_negative, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="regime/arm/seed, e.g. 'few/*/0'; what they need is done, too")
     parser.add_argument("--base-from", default="", metavar="FOLDER", help="where it exists: alignment and base models; {seed} is the seed")

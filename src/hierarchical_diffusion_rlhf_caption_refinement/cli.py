@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,13 @@ from rich.table import Table
 from .ablate import ablate, ablate_parser
 from .utils.command import find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
-from .utils.files import write_json
+from .utils.files import reserved, write_json
 from .utils.runlog import RunLog
 
 DISTRIBUTION = "hierarchical-diffusion-rlhf-caption-refinement"
 CACHE = Path("cache")
+SETTLED = ("data.tokenizer", "data.min_count", "data.max_words", "data.ratings", "data.comparisons")
+"""Settings of the data that only training reads."""
 FRESH = 4
 """New images that `train` captions at its end."""
 DRAWN = 0.5
@@ -60,16 +62,18 @@ def _train(args: argparse.Namespace) -> int:
     trackers: dict[str, Any] = {"log_with": config.track, "project_dir": str(config.results)} if config.track else {}
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # RLHF never withholds the image, so `no_image` gets no gradient
     accelerator = start_accelerator(config, kwargs_handlers=[unused], **trackers)
-    if config.track:
-        accelerator.init_trackers(config.run)
-    log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
-    if accelerator.is_main_process:
-        write_json(config.results / "config.json", to_plain(config) | {"threads": threads, "mixed_precision": accelerator.mixed_precision})
-    pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
-    pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
-    if accelerator.is_main_process:
-        finish(config, log, pipeline.times())
-    accelerator.end_training()
+    with reserved(config.results / "lock") if accelerator.is_main_process else nullcontext():
+        if config.track:
+            accelerator.init_trackers(config.run)
+        log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
+        if accelerator.is_main_process:
+            told = {"threads": threads, "mixed_precision": accelerator.mixed_precision}
+            write_json(config.results / "config.json", to_plain(config) | told)
+        pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
+        pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
+        if accelerator.is_main_process:
+            finish(config, log, pipeline.times())
+        accelerator.end_training()
     return 0
 
 
@@ -154,6 +158,14 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> in
     return guarded(lambda: _evaluate(args))
 
 
+def refuse_settled(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a setting that a trained model no longer reads."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key.split(".")[0] not in ("run", "seed", "data", "sampler", "shaping") or key in SETTLED:
+            raise ConfigError(f"{text}: is for training; for an evaluation run, seed, data, sampler and shaping can be set")
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from .evaluation.java_metrics import java_scores
     from .evaluation.metrics import tokenize
@@ -163,6 +175,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .utils.config import with_overrides
 
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
+    refuse_settled(args.overrides)
     main = evaluate_checkpoint(args.checkpoint, args.model_type, config, CACHE)
     names = {str(args.checkpoint): main}
     summary: dict[str, Any] = {"run": config.run, "checkpoint": str(args.checkpoint), "type": args.model_type}

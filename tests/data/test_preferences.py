@@ -205,6 +205,7 @@ def test_one_crowd_vote_does_not_decide(one: list[int], two: list[int], tie: boo
         ({"ratings": []}, "ratings must be numbers from 1 to 4"),
         ({"ratings": [1, "2"]}, "ratings must be a list of numbers"),
         ({"ratings": None}, "no ratings"),
+        ({"ratings": [10**400]}, "ratings must be a list of numbers"),
         ({"scale": [4, 1]}, r"scale must be \[lowest, highest\], got \[4, 1\]"),
         ({"scale": [1]}, r"scale must be \[lowest, highest\]"),
         ({"caption": None}, "no caption"),

@@ -16,6 +16,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.text import (
     unknown_id,
     words_and_owners,
 )
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 
 
 def test_captions_survive_the_round_trip_lower_cased_and_without_punctuation() -> None:
@@ -32,6 +33,12 @@ def test_rare_and_unknown_words() -> None:
     assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__) == ["<pad>", "<unk>", "a", "dog"]
     assert encode(tokenizer, ["a zebra", "", "..."]) == [[2, 1], [], []]
     assert unknown_id(tokenizer) == 1 and banned_ids(tokenizer) == (0, 1)
+
+
+def test_a_vocabulary_without_a_word_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_tokenizer(["a dog", "a cat"], 100_000)
+    assert str(error.value) == "data.min_count=100000: none of the 3 words of the training captions occurs that often"
 
 
 def test_special_tokens_cannot_be_written_by_a_caption() -> None:

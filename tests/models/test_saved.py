@@ -11,6 +11,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     Eyes,
     build_alignment,
     build_denoiser,
+    eyes_payload,
     load_denoiser,
     load_eyes,
     load_reward,
@@ -85,6 +86,27 @@ def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path)
     with pytest.raises(CheckpointError, match="does not fit") as error:
         load_denoiser(tmp_path / "base.pt", "base")
     assert "base.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["model", "vision", "alignment"])
+def test_weights_that_are_no_numbers_are_refused(eyes: Eyes, tmp_path: Path, part: str) -> None:
+    save_denoiser(tmp_path / "base.pt", "base", eyes, build_denoiser(eyes), {})
+    saved = torch.load(tmp_path / "base.pt", weights_only=True)
+    name = next(iter(saved["payload"][part]))
+    saved["payload"][part][name].view(-1)[-1] = float("nan")
+    torch.save(saved, tmp_path / "base.pt")
+    with pytest.raises(CheckpointError) as error:
+        load_denoiser(tmp_path / "base.pt", "base")
+    assert str(error.value) == f"{tmp_path / 'base.pt'}: damaged: not all numbers of {name} are finite"
+
+
+@pytest.mark.parametrize("part", ["model", "vision", "alignment", "config", "tokenizer", "banned"])
+def test_a_file_without_a_part_is_one_line(eyes: Eyes, tmp_path: Path, part: str) -> None:
+    payload = eyes_payload(eyes) | {"model": build_denoiser(eyes).state_dict()}
+    checkpoint.save(tmp_path / "base.pt", "base", {name: value for name, value in payload.items() if name != part})
+    with pytest.raises(CheckpointError) as error:
+        load_denoiser(tmp_path / "base.pt", "base")
+    assert str(error.value) == f"{tmp_path / 'base.pt'}: damaged or made by another version: it has no '{part}'"
 
 
 def test_settings_of_another_version_are_one_line_that_names_file_and_key(eyes: Eyes, tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path / "new" / "folder") == ["a.pt"]
 
 
+def test_a_part_that_is_missing_is_named(tmp_path):
+    save(tmp_path / "a.pt", "base", {"model": 1})
+    loaded = load(tmp_path / "a.pt", "base")
+    with pytest.raises(CheckpointError) as caught:
+        loaded["config"]
+    assert str(caught.value) == f"{tmp_path / 'a.pt'}: damaged or made by another version: it has no 'config'"
+    torch.save({"format": 1, "kind": "base", "payload": None}, tmp_path / "a.pt")
+    assert failure(tmp_path / "a.pt") == "not a checkpoint of this project"
+
+
 def test_missing_folder_and_empty(tmp_path):
     (tmp_path / "empty.pt").touch()
     assert failure(tmp_path / "nothing.pt") == "No such file or directory"

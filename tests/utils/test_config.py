@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override, named
         (["base.fit.epochs=0"], "epochs, batch_size and grad_accum must be positive"),
         (["reward.fit.batch_size=-1"], "epochs, batch_size and grad_accum must be positive"),
         (["rlhf.fit.grad_accum=0"], "epochs, batch_size and grad_accum must be positive"),
-        (["base.fit.lr=nan"], "lr must be positive, got nan"),
+        (["base.fit.lr=0"], "lr must be positive, got 0.0"),
         (["base.fit.warmup=1"], "warmup is a share of all updates in [0, 1), got 1.0"),
         (["base.fit.warmup=-0.1"], "warmup is a share of all updates in [0, 1), got -0.1"),
         (["base.fit.ema_decay=1"], "ema_decay must be in [0, 1), got 1.0"),
@@ -199,11 +200,80 @@ def test_an_impossible_combination_is_refused_with_its_reason(overrides, reason)
     assert str(caught.value) == reason
 
 
+FLOATS = [key for key, value in flat(to_plain(Config())).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize(("key", "value"), list(zip(FLOATS, cycle(["nan", "inf", "-inf"]))))
+def test_no_setting_of_any_group_is_infinite_or_no_number(key, value):
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [f"{key}=.{value}".replace(".-", "-.")])
+    assert str(caught.value) == f"{'.'.join(key.split('.')[-2:])}={value}: must be a finite number, and not beyond 1e+12"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "base.heads=0", "alignment.heads=0", "vision.heads=0", "vision.patch_size=0", "base.width=0", "alignment.embed=0", "base.layers=-1",
+        "reward.members=0", "rlhf.steps=0", "rlhf.inner_updates=0",
+    ],
+)  # fmt: skip
+def test_what_must_be_there_at_least_once(override):
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert str(caught.value) == f"{override}: must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.train=-1", "must be at least 0"),
+        ("sampler.remask=-1", "must be at least 0"),
+        ("reward.comparisons=-4", "must be at least 0"),
+        ("reward.pessimism=-0.5", "must be at least 0"),
+        ("fit.patience=-1", "must be at least 0"),
+        ("reward.l2=0.0", "must be positive"),
+        ("reward.l2=-1.0", "must be positive"),
+        ("reward.curve=[100, 0]", "must be positive numbers"),
+        ("rlhf.clip=0.0", "must be positive"),
+        ("base.dropout=1.0", "must be in [0, 1)"),
+        ("alignment.dropout=-0.1", "must be in [0, 1)"),
+        ("base.left_to_right=1.5", "must be in [0, 1)"),
+        ("base.image_dropout=1.0", "must be in [0, 1)"),
+        ("sampler.steps=10001", "must be at most 10000; a token takes no more than one"),
+        ("rlhf.steps=10001", "must be at most 10000; a token takes no more than one"),
+        ("sampler.steps=99999999999999999999", "must be a finite number, and not beyond 1e+12"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named_with_the_range(override, reason):
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override if not override.startswith("fit.") else f"rlhf.{override}"])
+    assert str(caught.value) == f"{override}: {reason}"
+
+
+def test_an_empty_override_is_an_empty_text():
+    config = load_config([], ["data.comparisons=x", "data.comparisons=", "data.path=a="])
+    assert (config.data.comparisons, config.data.path) == ("", "a=")
+    with pytest.raises(ConfigError, match=r"^seed=: seed: Value '' of type 'str' could not be converted to Integer$"):
+        load_config([], ["seed="])
+
+
+def test_a_frozen_backbone_may_keep_its_own_width():
+    assert load_config([], ["vision.backbone=some/model", "vision.width=0"]).vision.width == 0
+
+
+def test_a_value_that_omegaconf_would_take_for_missing_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["sampler.steps=???"])
+    assert str(caught.value) == "sampler.steps=???: 'sampler.steps' has no value"
+
+
 def test_code_that_builds_a_config_is_held_to_the_same_rules():
     with pytest.raises(ConfigError, match="epochs"):
         FitConfig(epochs=0)
     with pytest.raises(ConfigError, match="temperature"):
         dataclasses.replace(SamplerConfig(), candidates=2)
+    with pytest.raises(ConfigError, match=r"sampler\.guidance=nan"):
+        dataclasses.replace(SamplerConfig(), guidance=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import csv
 import json
-import math
 import os
 import random
 import reprlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -223,7 +223,7 @@ def _read(path: Path, parse: Callable[[str, Row], Record]) -> list[Record]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Number) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -21,6 +21,8 @@ def build_tokenizer(captions: Iterable[str], min_count: int) -> Tokenizer:
     """A vocabulary of the lower-cased words that occur at least `min_count` times; punctuation is dropped."""
     counts = Counter(word for caption in captions for word in re.findall(_WORD, caption.lower()))
     words = [PAD, UNKNOWN_WORD, *sorted(w for w, n in counts.items() if n >= min_count)]
+    if len(words) == 2:
+        raise ConfigError(f"data.min_count={min_count}: none of the {len(counts)} words of the training captions occurs that often")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN_WORD))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)  # type: ignore[assignment]

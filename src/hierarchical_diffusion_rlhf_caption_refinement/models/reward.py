@@ -46,8 +46,8 @@ class Dials:
     specificity: float = 1.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= value < float("inf") for value in astuple(self)):
-            raise ConfigError("accuracy, fluency and specificity count 0 or more")
+        if not all(0 <= value <= 100 for value in astuple(self)):
+            raise ConfigError("accuracy, fluency and specificity count from 0 to 100 times")
 
     @property
     def weights(self) -> Float[Tensor, " Q"]:

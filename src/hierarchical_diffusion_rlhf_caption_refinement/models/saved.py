@@ -103,10 +103,10 @@ def eyes_from(payload: dict[str, Any], path: Path) -> Eyes:
     config = settings_from(payload["config"], path)
     tokenizer = Tokenizer.from_str(payload["tokenizer"])
     vision = build_vision(config.vision)
-    vision.load_state_dict(payload["vision"])
+    load_weights(vision, payload["vision"], path)
     alignment = build_alignment(config, tokenizer, vision.width)
     if isinstance(alignment, AlignmentModel):
-        alignment.load_state_dict(payload["alignment"])
+        load_weights(alignment, payload["alignment"], path)
     for part in (vision, alignment):
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -176,7 +176,10 @@ def find_reward(captioner: Path, config: Config) -> Path | None:
     return next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
 
 
-def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+def load_weights(model: nn.Module | PretrainedVision, state: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for weights of another shape, and for such as are no finite numbers: the captions would be padding."""
+    if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{path}: damaged: not all numbers of {wrong[0]} are finite")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -61,12 +61,12 @@ class Pipeline:
     def find(self, kind: Stage) -> Path:
         """The checkpoint of an earlier stage. Raises MissingStage."""
         path = self.run.config.sources / FILES[kind]
-        if not path.exists():
-            stage = "base" if kind == "alignment" else kind
-            run = path.parent.name  # of the run itself or the one that it starts from
-            config = "" if run == "models" else f" --config configs/{run}.yaml"
-            raise MissingStage(f"{path} does not exist; make it with: python scripts/train.py{config} --stage {stage}")
-        return path
+        if path.exists():
+            return path
+        if self.run.config.start_from:
+            raise MissingStage(f"{path} does not exist; start_from is the folder of another run's checkpoints, as models/RUN")
+        stage = "base" if kind == "alignment" else kind
+        raise MissingStage(f"{path} does not exist; the same command with --stage {stage} makes it")
 
     def train(self, stages: Sequence[Stage]) -> None:
         """Run the stages; when resuming, those that are complete are left as they are."""
@@ -160,6 +160,7 @@ class Pipeline:
     def judgements(self, base: DiffusionCaptionModel) -> Judgements:
         """People's where there are some, else the simulated raters'."""
         config, data = self.run.config, self.run.config.data
+        path = data.ratings or data.comparisons or "data.source=scenes"
         if data.ratings:
             found, source = rated(config, base, self.corpora["test"]), f"{data.ratings}: no two captions to compare of the test images"
         elif data.comparisons:
@@ -168,6 +169,8 @@ class Pipeline:
             found, source = simulated(config, base, self.corpora), "data.source=scenes: no two captions to compare of the scenes"
         if few := [name for name in ("train", "val", "test") if not len(getattr(found, name))]:
             raise ValueError(f"{source} that would be for {', '.join(few)}")
+        if tied := [name for name in ("train", "val", "test") if not (getattr(found, name).label < 2).any()]:
+            raise ValueError(f"{path}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
         return found
 
     def centre(self, reward: RewardModel) -> None:

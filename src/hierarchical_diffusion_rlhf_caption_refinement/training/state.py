@@ -48,15 +48,16 @@ class TrainState:
         if not path.exists():
             return False
         saved = checkpoint.load(path, "training")
+        apart = {name: saved[name] for name in ("model", "optimizer", "threads", "extra")}
         try:
-            self.model.load_state_dict(saved.pop("model"))
-            self.optimizer.load_state_dict(saved.pop("optimizer"))
+            self.model.load_state_dict(apart["model"])
+            self.optimizer.load_state_dict(apart["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: is of another model: {' '.join(str(error).split())[:200]}; remove it to start over") from None
-        torch.set_num_threads(saved.pop("threads"))
-        self.extra.update(saved.pop("extra"))  # in place: the stage's closures may hold it
-        for name, value in saved.items():
-            setattr(self, name, value)
+        torch.set_num_threads(apart["threads"])
+        self.extra.update(apart["extra"])  # in place: the stage's closures may hold it
+        for name in saved.keys() - apart.keys():
+            setattr(self, name, saved[name])
         return True
 
 

@@ -16,6 +16,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message is one line that names the file and the reason."""
 
 
+class Payload(dict[str, Any]):
+    """What `load` returns; a part that is asked for and not there raises CheckpointError."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self.path}: damaged or made by another version: it has no '{key}'")
+
+
 def save(path: str | Path, kind: str, payload: dict[str, Any]) -> None:
     """Write a payload of tensors, dicts, lists, text and numbers; until it is on the disk, whole, the old file stays.
 
@@ -40,7 +49,7 @@ def save(path: str | Path, kind: str, payload: dict[str, Any]) -> None:
             partial.unlink()
 
 
-def load(path: str | Path, kind: str) -> dict[str, Any]:
+def load(path: str | Path, kind: str) -> Payload:
     """The payload that `save` wrote, its tensors on the CPU.
 
     Raises CheckpointError for a file that is missing, empty, damaged, of another kind or of a newer format, and for one that holds Python
@@ -51,7 +60,9 @@ def load(path: str | Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has format {saved['format']}, this version reads up to {FORMAT}; update the package")
     if saved["kind"] != kind:
         raise CheckpointError(f"{path}: is a {saved['kind']} checkpoint, expected {kind}")
-    return saved["payload"]
+    payload = Payload(saved["payload"])
+    payload.path = Path(path)
+    return payload
 
 
 def kind_of(path: str | Path) -> str:
@@ -83,6 +94,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise refused from None
     except RuntimeError:  # an archive, but not one of torch's
         raise CheckpointError(f"{path}: not a checkpoint") from None
-    if not isinstance(saved, dict) or not {"format", "kind", "payload"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"format", "kind", "payload"} <= saved.keys() or not isinstance(saved["payload"], dict):
         raise CheckpointError(f"{path}: not a checkpoint of this project")
     return saved

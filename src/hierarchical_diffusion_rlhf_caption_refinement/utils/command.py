@@ -42,5 +42,7 @@ def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str
 def find_config(name: str) -> Path:
     """A file, else the one of that name that comes with the package: `default` and `configs/default.yaml` are found everywhere."""
     path = Path(name)
+    if not path.name:
+        raise ConfigError(f"'{name}' is no name of a file")
     shipped = CONFIGS / path.with_suffix(".yaml").as_posix().removeprefix("configs/")
     return shipped if not path.exists() and not path.is_absolute() and shipped.exists() else path

@@ -28,8 +28,37 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+HUGE = 1e12
+"""No setting means anything beyond; single precision and torch's integers end later."""
+
+
 @dataclass(frozen=True)
-class FitConfig:
+class Group:
+    """Settings that belong together. Not-a-number would compare as false with every bound, and spread through all that it touches."""
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__.removesuffix("Config").lower()
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            ok = not isinstance(value, int | float) or abs(value) <= HUGE
+            _require(ok, f"{self._name}.{f.name}={value}: must be a finite number, and not beyond {HUGE:g}")
+
+    def _at_least(self, least: int, names: str) -> None:
+        for name in names.split():
+            value = getattr(self, name)
+            _require(value >= least, f"{self._name}.{name}={value}: must be at least {least}")
+
+    def _shares(self, names: str) -> None:
+        for name in names.split():
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{self._name}.{name}={value}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class FitConfig(Group):
     """One stage's optimisation, the same for every stage."""
 
     epochs: int = 10
@@ -58,15 +87,17 @@ class FitConfig:
     """Updates between resumable checkpoints."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.epochs > 0 and self.batch_size > 0 and self.grad_accum > 0, "epochs, batch_size and grad_accum must be positive")
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(0 <= self.warmup < 1, f"warmup is a share of all updates in [0, 1), got {self.warmup}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         _require(self.save_every > 0, "save_every must be positive")
+        self._at_least(0, "epoch_size weight_decay max_grad_norm patience")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Group):
     source: Literal["scenes", "jsonl", "folder", "imagefolder", "coco", "webdataset", "conceptual_captions", "hub"] = "scenes"
     """`scenes`: the built-in benchmark; `jsonl`: rows of image, captions, split; `folder`: images with .txt sidecars;
     `imagefolder`: metadata.jsonl, .csv or .parquet of file_name, text; `coco`: COCO's or Karpathy's JSON; `webdataset`: img2dataset's tars;
@@ -98,14 +129,16 @@ class DataConfig:
     """JSONL or CSV of recorded comparisons (image, a, b, choice), or TRL's metadata.jsonl, for the reward stage instead of ratings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.source == "scenes" or bool(self.path), f"data.path is needed for data.source={self.source}")
         _require(self.max_words > 0, "data.max_words must be positive")
+        self._at_least(0, "train val test")
         _require(self.downloads > 0, "data.downloads must be positive")
         _require(not (self.ratings and self.comparisons), "data.ratings and data.comparisons: the reward learns from one of them")
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Group):
     backbone: str = "patches"
     """`patches`: a small encoder trained here with the alignment model; else a Hugging Face vision model id or directory, kept frozen."""
     width: int = 128
@@ -120,13 +153,17 @@ class VisionConfig:
     """Attention heads of `patches`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         own = self.backbone == "patches"
+        self._at_least(0, "width layers")
+        if own:
+            self._at_least(1, "width heads image_size patch_size")
         _require(not own or self.width % self.heads == 0, "vision.width must be a multiple of vision.heads")
         _require(not own or self.image_size % self.patch_size == 0, "vision.image_size must be a multiple of vision.patch_size")
 
 
 @dataclass(frozen=True)
-class AlignmentConfig:
+class AlignmentConfig(Group):
     pretrained: str = ""
     """Hugging Face CLIPModel id or directory; empty: train our own towers on the captions."""
     width: int = 128
@@ -144,11 +181,15 @@ class AlignmentConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=20, batch_size=128, lr=1e-3))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "width heads embed")
+        self._at_least(0, "layers")
+        self._shares("dropout")
         _require(self.width % self.heads == 0, "alignment.width must be a multiple of alignment.heads")
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(Group):
     """The denoiser and its training. With a backbone, width, layers, heads and the tokenizer are its own, whatever is written here."""
 
     backbone: str = ""
@@ -174,16 +215,21 @@ class BaseConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "width layers heads")
+        self._shares("dropout left_to_right image_dropout")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
 
 
+MOST_STEPS = 10_000
+"""Each takes memory, though a caption uses no more than it has tokens."""
 SEARCH = "are for sampler.order=left_to_right with temperature=0, guidance=1, threshold=0 and remask=0"
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Group):
     """Captioning for evaluation and prediction."""
 
     steps: int = 8
@@ -220,8 +266,11 @@ class SamplerConfig:
     """Captions drawn per image; the reward model keeps the best."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.steps > 0 and self.candidates > 0, "sampler.steps and sampler.candidates must be positive")
+        _require(self.steps <= MOST_STEPS, f"sampler.steps={self.steps}: must be at most {MOST_STEPS}; a token takes no more than one")
         _require(self.min_words > 0, "sampler.min_words must be positive")
+        self._at_least(0, "remask max_words")
         _require(not 0 < self.max_words < self.min_words, "sampler.max_words must not be less than sampler.min_words")
         _require(self.temperature >= 0, "sampler.temperature must not be negative")
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
@@ -241,7 +290,7 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Group):
     comparisons: int = 1000
     """Comparisons that simulated raters make of the base model's captions (scenes); of recorded ones and ratings at most these (0: all)."""
     curve: tuple[int, ...] = (100, 300, 1000, 3000)
@@ -262,9 +311,16 @@ class RewardConfig:
     """Liking that simulated raters add per word, in utility: a fault for studies of what it does to RLHF."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=5, batch_size=64, lr=3e-4))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "members")
+        self._at_least(0, "comparisons pessimism reader_layers repeats")
+        _require(self.l2 > 0, f"reward.l2={self.l2}: must be positive")
+        _require(min(self.curve, default=1) > 0, f"reward.curve={list(self.curve)}: must be positive numbers")
+
 
 @dataclass(frozen=True)
-class ShapingConfig:
+class ShapingConfig(Group):
     """R(t) = alpha(c) R_dense(t) + (1 - alpha(c)) R_sparse."""
 
     clip_weight: float = 0.5
@@ -288,6 +344,7 @@ class ShapingConfig:
     """Greatest alpha, likewise."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
         _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
         _require(self.fade >= 0, "shaping.fade must not be negative")
@@ -299,7 +356,7 @@ class ShapingConfig:
 
 
 @dataclass(frozen=True)
-class RLHFConfig:
+class RLHFConfig(Group):
     method: Literal["policy_gradient", "distil"] = "policy_gradient"
     """How: the policy gradient of sampled captions; or distil: of nine captions that a search finds of each training image the best, by
     likelihood and the two rewards as `shaping` weighs them, is learned like one of the data set's (`sparse`, `neighbours`, `fit` count)."""
@@ -336,7 +393,12 @@ class RLHFConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=16, epoch_size=400, batch_size=16, lr=3e-4, ema_decay=0.9))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")
+        self._at_least(1, "steps inner_updates")
+        self._at_least(0, "kl kl_target anchor")
+        _require(self.steps <= MOST_STEPS, f"rlhf.steps={self.steps}: must be at most {MOST_STEPS}; a token takes no more than one")
+        _require(self.clip > 0, f"rlhf.clip={self.clip}: must be positive")
         _require(
             self.order != "confidence",
             "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
@@ -371,6 +433,9 @@ class Config:
     rlhf: RLHFConfig = field(default_factory=RLHFConfig)
 
     def __post_init__(self) -> None:
+        run = Path(self.run)
+        inside = not run.is_absolute() and ".." not in run.parts
+        _require(inside, f"run={self.run}: names folders inside models/ and results/, none outside")
         _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
 
     @property
@@ -406,6 +471,8 @@ def _check_keys(tree: Any, where: str, prefix: str = "") -> None:
     known = _keys(Config)
     for name, value in tree.items():
         key = f"{prefix}{name}"
+        if value == "???":  # OmegaConf's word for a value that is missing: it would be passed over
+            raise ConfigError(f"{where}: '{key}' has no value")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
@@ -444,9 +511,11 @@ def _layer(where: str, read: Callable[[], Any]) -> Layer:
 
 
 def _arguments(overrides: Sequence[str]) -> list[Layer]:
+    """Nothing after the = is an empty text, which YAML would read as null."""
     for text in overrides:
         _require("=" in text, f"{text}: expected key.sub=value")
-    return [_layer(text, lambda text=text: OmegaConf.from_dotlist([text])) for text in overrides]
+    given = {text: text if text.partition("=")[2] else f"{text}''" for text in overrides}
+    return [_layer(text, lambda text=text: OmegaConf.from_dotlist([given[text]])) for text in overrides]
 
 
 def _merged(layers: Sequence[Layer]) -> Config:

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and lines that may be torn."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,18 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
     yield partial
     os.replace(partial, path)
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Nobody else can have `path` reserved meanwhile; the system frees it when this process dies. Raises ValueError if it is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {path.parent}") from None
+        yield
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
