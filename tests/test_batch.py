@@ -258,6 +258,51 @@ def test_every_table_says_the_same(run):
     assert failure == {"image": "x/val2014/broken_77.png", "error": "x/val2014/broken_77.png: not an image"}
 
 
+STAYS = "is there already, and predict did not write it (it has no log beside it); remove or rename it"
+READ = "is to be read, so it cannot be written; --output names another file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output", "reason"),
+    [
+        (["t.csv"], "t.csv", READ),
+        (["@list"], "./list", READ),
+        (["--image-list", "list"], "x/../list", READ),
+        (["--image-url", "x/00.png"], "x/00.png", READ),
+        (["x/*.png"], "link.png", READ),
+        (["--refine", "drafts.jsonl"], "drafts.jsonl", READ),
+        (["t.csv"], "drafts.jsonl", STAYS),
+        (["x"], "x/metadata.jsonl", STAYS),
+        (["x"], "model.pt", STAYS),
+        (["x"], "x", "is a folder; --output names the file"),
+    ],
+)
+def test_no_table_takes_the_place_of_another_file(run, smoke, capsys, arguments, output, reason):
+    pictures(Path("x"), 2)
+    Path("t.csv").write_text("image,price\nx/00.png,3\n")
+    Path("list").write_text("x/00.png\n")
+    Path("drafts.jsonl").write_text('{"image": "x/00.png", "caption": "a red circle"}\n')
+    Path("x/metadata.jsonl").write_text('{"file_name": "00.png", "text": "mine"}\n')
+    Path("link.png").symlink_to("x/00.png")
+    Path("model.pt").symlink_to(smoke / "models/smoke/best_rlhf_model.pt")
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    form = [] if output.endswith("metadata.jsonl") else ["--format", "json"]
+    assert run(*arguments, "--output", output, *form) == 2
+    assert capsys.readouterr().err == f"error: {Path(output)}: {reason}\n"
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
+
+
+def test_a_table_of_its_own_is_written_again_but_not_over_its_source(run, capsys):
+    pictures(Path("x"), 2)
+    Path("p.jsonl").touch()  # mktemp's
+    for shard in ("1/2", "2/2", "1/2"):
+        assert run("x", "--output", "p.jsonl", "--shard", shard) == 0
+    assert [row["image"] for row in logged("p.jsonl")] == ["x/00.png", "x/01.png"]
+    assert run("x", "--output", "p.jsonl", "--suffix", "!") == 0
+    assert all(row["caption"].endswith("!") for row in logged("p.jsonl"))
+    assert run("--refine", "p.jsonl", "--output", "p.jsonl") == 2 and capsys.readouterr().err == f"error: p.jsonl: {READ}\n"
+
+
 def test_ways_to_name_images(run, monkeypatch, tmp_path):
     names = pictures(Path("x"), 4)
     pictures(Path("x/deep"), 1, first=9)

@@ -33,7 +33,8 @@ def predict(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def listed(predict, names, *more: str) -> tuple[int, list[dict]]:
     Path("images.txt").write_text("\n".join(map(str, names)) + "\n")
-    Path("predictions.json.log.jsonl").unlink(missing_ok=True)
+    for name in ("predictions.json", "predictions.json.log.jsonl"):
+        Path(name).unlink(missing_ok=True)
     code = predict("--image-list", "images.txt", "--output", "predictions.json", *more)
     return code, json.loads(Path("predictions.json").read_text())
 

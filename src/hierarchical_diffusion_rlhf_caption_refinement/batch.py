@@ -23,13 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .captioner import Caption, Captioner, Seen, Wishes
 from .data.images import ImageError
 from .inputs import Item
-from .outputs import DRAFT_FIELDS, FIELDS, LISTS, Output, Row, beside, joined, read_text, write_table, write_text
+from .outputs import DRAFT_FIELDS, FIELDS, LISTS, LOG_NAME, Output, Row, beside, joined, logs_of, read_text, write_table, write_text
 from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
 from .utils.files import parse_row
 from .utils.interrupt import deferred_interrupts
 
-LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
 AHEAD = 4
 """Images that are read while others are captioned; no more pictures than these are in memory."""
 
@@ -143,8 +142,7 @@ class Log:
 
     def read(self) -> None:
         """Find out where every row is."""
-        name = re.compile(re.escape(re.sub(LOG_NAME, "", self.path.name)) + LOG_NAME)
-        self.files = sorted(p for p in self.path.parent.iterdir() if name.fullmatch(p.name))
+        self.files = logs_of(self.path.with_name(re.sub(LOG_NAME, "", self.path.name)))
         self.known: dict[tuple[str, str, str], tuple[bool, float, int, int]] = {}
         self.latest: dict[str, tuple[float, int, int]] = {}
         for i, path in enumerate(self.files):

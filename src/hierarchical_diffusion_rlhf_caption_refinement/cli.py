@@ -205,7 +205,8 @@ tables (.jsonl .csv .tsv .parquet; names relative to the table). What looks like
 everything else is an image: write ./a=b*.jpg for a glob that looks like a setting.
 
 Repeating a command does what is missing, and redoes what changed: image, model or settings. A log beside the captions, *.log.jsonl, knows;
-delete it to start afresh. Several processes: torchrun --nproc-per-node 4 scripts/predict.py ..., or --shard 1/4 to 4/4 anywhere.
+delete it, with its table, to start afresh: a table without a log is somebody else's, and is not overwritten.
+Several processes: torchrun --nproc-per-node 4 scripts/predict.py ..., or --shard 1/4 to 4/4 anywhere.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 interrupted (torchrun turns any but 0 into 1).
 """
@@ -324,7 +325,7 @@ def shard_of(text: str | None) -> tuple[int, int]:
 
 def _predict(args: argparse.Namespace) -> int:
     from .inputs import find_drafts, find_items
-    from .outputs import check_places, make_output
+    from .outputs import check_places, check_table, make_output
 
     shard = shard_of(args.shard)
     output = make_output(args.output, args.format, args.existing, args.ext, args.sidecar_name == "full", bool(args.refine))
@@ -334,6 +335,9 @@ def _predict(args: argparse.Namespace) -> int:
         items = find_items(args.images, args.image_url or "", args.image_list, args.recursive, args.image_column)
     if output:
         check_places(output, items)
+    if output and output.format != "txt" and output.path:
+        named = [text.removeprefix("@") for text in (*args.images, args.image_url, str(args.image_list or ""), args.refine) if text]
+        check_table(output.path, [*named, *(item.file for item in items if item.file)])
     from .batch import Batch, Task
 
     try:

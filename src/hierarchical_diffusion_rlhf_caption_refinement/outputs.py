@@ -22,6 +22,8 @@ FIELDS = ("image", "caption", "confidence", "reward", "tokens", "seed", "error")
 DRAFT_FIELDS = ("image", "caption", "draft", "suspicion", "reward", "draft_reward", "words", "seed", "error")
 LISTS = ("tokens", "words")
 """Fields that a CSV has no place for."""
+LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
+"""What follows a table's name in that of its log, or of a shard's."""
 Row = dict[str, Any]
 
 
@@ -90,6 +92,24 @@ def check_places(output: Output, items: Sequence[Item]) -> None:
             help_ = "; --sidecar-name full writes NAME.SUFFIX" + output.ext if output.format == "txt" and not output.full_name else ""
             both = f"{first[0]} and {item.name}" if first[0] != item.name else f"two captions of {item.name}"
             raise ConfigError(f"{both} would share {place}{help_}")
+
+
+def check_table(path: Path, read: Iterable[str | Path]) -> None:
+    """Raises ConfigError where a table would take the place of a file that is to be read, or that `predict` did not write."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; --output names the file")
+    if not path.exists():
+        return
+    if any(os.path.exists(file) and path.samefile(file) for file in read):
+        raise ConfigError(f"{path}: is to be read, so it cannot be written; --output names another file")
+    if not (path.is_file() and path.stat().st_size == 0) and not logs_of(path):
+        raise ConfigError(f"{path}: is there already, and predict did not write it (it has no log beside it); remove or rename it")
+
+
+def logs_of(path: Path) -> list[Path]:
+    """The logs of a table, or of a folder's `captions`; shards have one each."""
+    name = re.compile(re.escape(path.name) + LOG_NAME)
+    return sorted(p for p in path.parent.iterdir() if name.fullmatch(p.name))
 
 
 def _place(output: Output, item: Item) -> Any:
