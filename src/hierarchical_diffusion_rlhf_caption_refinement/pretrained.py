@@ -30,10 +30,9 @@ from .models.saved import (
     captioner_kind,
     eyes_from,
     eyes_payload,
-    find_reward,
     load_denoiser,
-    load_reward,
     load_weights,
+    reward_beside,
     reward_from,
     reward_payload,
     settings_from,
@@ -81,10 +80,10 @@ def load_parts(source: str | Path, kind: Kind | None = None) -> Parts:
         kind = kind or "rlhf"
         path /= FILES[kind]
     eyes, denoiser = load_denoiser(path, kind := kind or captioner_kind(path))
-    if not (beside := find_reward(path, eyes.config)):
+    if not (beside := reward_beside(path, eyes, words_and_owners(eyes.tokenizer))):
         return Parts(kind, eyes, denoiser, None, (path,))
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))
-    return Parts(kind, replace(eyes, alignment=reward.evidence.alignment), denoiser, reward, (path, beside))
+    file, reward = beside
+    return Parts(kind, replace(eyes, alignment=reward.evidence.alignment), denoiser, reward, (path, file))
 
 
 def local(source: str | Path) -> Path:
