@@ -163,6 +163,12 @@ def test_settings_that_do_not_exist_or_fit(predict, pictures, capsys, setting, l
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+def test_standard_input_that_is_closed(predict, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert predict("-") == 2
+    assert capsys.readouterr().err == "error: standard input: is closed\n"
+
+
 OPEN = "[MASK]"
 
 

@@ -86,6 +86,8 @@ def _listed(names: Sequence[str], base: Path | None = None) -> list[Item]:
 def read_lines(file: Path | None) -> list[str]:
     """Names of images, one per line of a file or of standard input; `#` begins a comment. Raises ConfigError if there is none."""
     where = str(file or "standard input")
+    if file is None and sys.stdin is None:
+        raise ConfigError(f"{where}: is closed")
     try:
         data = file.read_bytes() if file else sys.stdin.buffer.read()
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]

@@ -100,7 +100,7 @@ def local(source: str | Path) -> Path:
 
 
 def save_parts(folder: Path, parts: Parts) -> None:
-    """Raises OSError if the folder cannot be written."""
+    """Raises OSError or CheckpointError if the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     eyes, payload = parts.eyes, eyes_payload(parts.eyes)
     state = {"denoiser": parts.denoiser.state_dict(), "vision": payload["vision"], "alignment": payload["alignment"]}
@@ -111,7 +111,10 @@ def save_parts(folder: Path, parts: Parts) -> None:
     told |= {"banned": payload["banned"], "settings": to_plain(_portable(eyes.config)), "measured": parts.measured()}
     told["transformers_version"] = transformers.__version__
     flat = {f"{part}.{name}": tensor.contiguous() for part, tensors in state.items() for name, tensor in tensors.items()}
-    save_file(flat, folder / WEIGHTS, {"format": "pt"})
+    try:
+        save_file(flat, folder / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # what it makes of any OSError
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     write_json(folder / CONFIG, told, indent=2)
     eyes.tokenizer.save(str(folder / TOKENIZER))
     special = {"pad_token": PAD, "unk_token": UNKNOWN_WORD}
