@@ -336,6 +336,16 @@ def test_ways_to_name_images(run, monkeypatch, tmp_path):
             find_items([wrong])
 
 
+def test_what_a_folder_holds_but_cannot_be_read_fails(run, capsys):
+    pictures(Path("x/deep"), 1)
+    Path("x/gone.png").symlink_to("nowhere.png")
+    Path("x/deep/loop.png").symlink_to("loop.png")
+    assert run("-r", "x", "--output", "p.jsonl") == run("x/*.png", "x/deep/*.png") == 3
+    lines = sorted(line.split(": ")[1] for line in capsys.readouterr().err.splitlines())
+    assert lines == ["x/deep/loop.png", "x/deep/loop.png", "x/gone.png", "x/gone.png"]
+    assert [row["image"] for row in logged("p.jsonl") if not row["error"]] == ["x/deep/00.png"]
+
+
 def test_an_evil_tar_stays_in_its_folder(run):
     pictures(Path("x"), 1)
     subprocess.run(["tar", "cPf", "evil.tar", "--transform", "s,x/,../../up/,", "x/00.png"], check=True)

@@ -247,6 +247,7 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),
         (["--output", "x.json", "--format", "coco", "@list"], "photo.jpg: its name does not end in a number, the COCO id"),
         (["nothing/*.png"], "nothing/*.png: no image in it"),
+        ([""], "an empty image name"),
     ],
 )
 def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from PIL.Image import Image
 
-from .data.images import SUFFIXES, ImageError, fetch_image, find_images, load_image
+from .data.images import SUFFIXES, ImageError, fetch_image, find_images, is_image, load_image
 from .utils.config import ConfigError
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "url", "image_url")
@@ -198,6 +198,8 @@ def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
 def _one(text: str, recursive: bool, column: str) -> list[Item]:
     """The images of one argument. Raises ConfigError if it has none."""
     path = Path(text)
+    if not text:  # an unset variable, not the folder where we are
+        raise ConfigError("an empty image name")
     if text == "-" or text.startswith("@"):
         return _listed(read_lines(None if text == "-" else Path(text[1:])))
     if text.endswith((".log.jsonl", ".failures.jsonl")):
@@ -209,7 +211,7 @@ def _one(text: str, recursive: bool, column: str) -> list[Item]:
         deeper = " (-r looks into folders in it, too)" if not recursive else ""
     elif re.search(r"[*?[]", text) and not os.path.exists(path):
         root = Path(*(part for part in Path(re.split(r"[*?[]", text)[0] + "x").parts[:-1]))
-        files = sorted(p for p in glob(text, recursive=True) if Path(p).suffix.lower() in SUFFIXES and os.path.isfile(p))
+        files = sorted(p for p in glob(text, recursive=True) if is_image(Path(p)))
         found, deeper = [_named(name, root) for name in files], ""
     elif path.suffix.lower() == ".tar":
         found, deeper = list(_tar(path)), ""
