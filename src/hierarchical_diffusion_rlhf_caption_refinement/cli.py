@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .ablate import ablate, ablate_parser
-from .utils.command import find_config, guarded, refuse
+from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
 from .utils.files import write_json
 from .utils.runlog import RunLog
@@ -43,7 +43,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     args = _train_parser(prog).parse_intermixed_args(argv)
-    return guarded(lambda: _train(args))
+    return guarded(lambda: _train(args), "what was saved is kept, the same command with --resume goes on from there")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -156,7 +156,7 @@ def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
 
 def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     args = _evaluate_parser(prog).parse_intermixed_args(argv)
-    return guarded(lambda: _evaluate(args))
+    return guarded(lambda: _evaluate(args), ANEW)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -294,7 +294,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
         f"sampler.{text}" for text in settings
     ]
-    return guarded(lambda: _predict(args))
+    return guarded(lambda: _predict(args), AGAIN if args.output or args.format else ANEW)
 
 
 def refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -345,25 +345,21 @@ def _predict(args: argparse.Namespace) -> int:
         check_table(output.path, [*named, *(item.file for item in items if item.file)])
     from .batch import Batch, Task
 
-    try:
-        work = read_work(args)
-        if output is None:
-            one = bool(args.image_url) or (len(items) == 1 and args.images)
-            mine = items[shard[0] - 1 :: shard[1]]
-            return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one), args.report_only)
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        with closing(Batch(work, output, items, shard)) as batch:
-            result = batch.run(args.batch_size, show=shard[0] == 1)
-            if ranks > 1 and not result.stopped:
-                meet(ranks)
-                if shard[0] > 1:
-                    return 0
-                result = batch.finish(result.before, items)
-            if args.refine:
-                show_review((row for _, row in batch.rows() if not row["error"]), args.report_only)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+    work = read_work(args)
+    if output is None:
+        one = bool(args.image_url) or (len(items) == 1 and args.images)
+        mine = items[shard[0] - 1 :: shard[1]]
+        return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one), args.report_only)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with closing(Batch(work, output, items, shard)) as batch:
+        result = batch.run(args.batch_size, show=shard[0] == 1)
+        if ranks > 1 and not result.stopped:
+            meet(ranks)
+            if shard[0] > 1:
+                return 0
+            result = batch.finish(result.before, items)
+        if args.refine:
+            show_review((row for _, row in batch.rows() if not row["error"]), args.report_only)
     return tell(result, output.path or "text files")
 
 
@@ -489,7 +485,7 @@ def export(argv: Sequence[str] | None = None, prog: str = "caprefine export") ->
     args = parser.parse_args(argv)
     if not args.preferences:
         refuse(parser, args, "images", "goes with --preferences; a captioner brings what it needs")
-    return guarded(lambda: _export(args))
+    return guarded(lambda: _export(args), f"{args.output} may be incomplete, {ANEW}")
 
 
 def _export(args: argparse.Namespace) -> int:
