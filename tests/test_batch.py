@@ -346,6 +346,16 @@ def test_what_a_folder_holds_but_cannot_be_read_fails(run, capsys):
     assert [row["image"] for row in logged("p.jsonl") if not row["error"]] == ["x/deep/00.png"]
 
 
+def test_a_text_file_that_cannot_be_is_a_failure_of_its_image(run, capsys):
+    name, _ = (path.name for path in pictures(Path("x"), 2))
+    long = "a" * 251 + ".png"
+    os.rename(f"x/{name}", f"x/{long}")
+    for _ in range(2):
+        assert run("x", "--format", "txt", "--output", "o", "--sidecar-name", "full") == 3
+        assert capsys.readouterr().err == f"failed: x/{long}: its text file: File name too long\n"
+    assert [path.name for path in Path("o").glob("*.txt")] == ["01.png.txt"]
+
+
 def test_an_evil_tar_stays_in_its_folder(run):
     pictures(Path("x"), 1)
     subprocess.run(["tar", "cPf", "evil.tar", "--transform", "s,x/,../../up/,", "x/00.png"], check=True)

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -220,7 +221,12 @@ class Batch:
                 tasks += [] if caption else [Task(item, identity)]
                 continue
             path = self.output.sidecar(item)
-            current, last = read_text(path), self.log.last(item)
+            last = self.log.last(item)
+            try:
+                current = read_text(path)
+            except OSError as error:  # a name that is too long, for example: the other images go on
+                tasks.append(Task(replace(item, load=partial(_missed, f"{item.name}: its text file: {error.strerror}")), identity))
+                continue
             ours = last is not None and current == last["file"]
             if not ours and current.strip() and self.output.existing == "error":
                 raise ConfigError(f"{path}: is there already (--existing skip, overwrite, append or prepend)")
@@ -290,6 +296,10 @@ class Batch:
             write_text(path, "".join(lines))
         else:
             path.unlink(missing_ok=True)
+
+
+def _missed(reason: str) -> Image:
+    raise ImageError(reason)
 
 
 @contextmanager
