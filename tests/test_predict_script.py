@@ -63,8 +63,10 @@ def test_one_image(predict, pictures, capsys):
 
 
 def test_an_address_gives_the_caption_of_the_file(predict, pictures, address):
-    code, (by_name, by_address) = listed(predict, [pictures / "3.png", f"{address}/3.png"])
-    assert code == 0 and by_name["caption"] == by_address["caption"] and by_address["image"] == f"{address}/3.png"
+    shouted = address.replace("http", "HTTP")
+    code, (by_name, *by_address) = listed(predict, [pictures / "3.png", f"{address}/3.png", f"{shouted}/3.png"])
+    assert code == 0 and {row["caption"] for row in by_address} == {by_name["caption"]}
+    assert [row["image"] for row in by_address] == [f"{address}/3.png", f"{shouted}/3.png"]
 
 
 def test_an_address_without_an_image(predict, address, capsys):
@@ -248,6 +250,8 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["--output", "x.json", "--format", "coco", "@list"], "photo.jpg: its name does not end in a number, the COCO id"),
         (["nothing/*.png"], "nothing/*.png: no image in it"),
         ([""], "an empty image name"),
+        (["--format", "txt", "--ext", "."], "--ext .: expected a suffix such as .txt that is not an image's"),
+        (["--format", "txt", "--ext", ".a/b"], "--ext .a/b: expected a suffix such as .txt that is not an image's"),
     ],
 )
 def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):

@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from .data.images import SUFFIXES, ImageError, fetch_image, find_images, is_image, load_image
 from .utils.config import ConfigError
+from .utils.files import parse_row
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "url", "image_url")
 """Columns of a table that may name the image; the first that is there does."""
@@ -58,7 +59,7 @@ class Item:
 
 
 def is_address(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def _inside(name: str) -> Path:
@@ -165,6 +166,12 @@ def _parquet(path: Path, wanted: str) -> list[Item]:
     return [Item(name, Path(path.stem, f"{i}.png"), path, partial(_cell, path, g, column, r, name)) for name, i, g, r in rows]
 
 
+def _object(line: str, where: str) -> dict[str, Any]:
+    if (row := parse_row(line)) is None:
+        raise ConfigError(f"{where} is not a JSON object")
+    return row
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     """A table's rows, without images that it holds."""
     if path.suffix == ".parquet":
@@ -172,7 +179,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
         columns = [field.name for field in file.schema_arrow if not _holds_images(field)]
         return [row for group in range(file.num_row_groups) for row in file.read_row_group(group, columns).to_pylist()]
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at the line ends that JSON leaves within a text
+        return [_object(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     with path.open(encoding="utf-8-sig", newline="") as lines:
         return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
 

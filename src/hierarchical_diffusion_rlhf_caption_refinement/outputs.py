@@ -41,8 +41,6 @@ class Output:
     """The captions were there before."""
 
     def __post_init__(self) -> None:
-        if self.ext.lower() in SUFFIXES or not self.ext.startswith("."):
-            raise ConfigError(f"--ext {self.ext}: expected a suffix such as .txt that is not an image's")
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
         if self.format == "parquet" and self.path:
@@ -70,6 +68,8 @@ class Output:
 
 def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool, drafts: bool = False) -> Output | None:
     """From the command line; the format follows from the file's name. None: captions are printed. Raises ConfigError."""
+    if ext.lower() in SUFFIXES or not re.fullmatch(r"\.[^/]+", ext):
+        raise ConfigError(f"--ext {ext}: expected a suffix such as .txt that is not an image's")
     if form is None and path is None:
         return None
     if form is None and path is not None:
