@@ -216,6 +216,9 @@ def test_words_are_bounded_included_and_banned(predict, pictures):
     assert not any(f" {pair} " in f" {text} " for text in found) and found[0] != free[0]
     found = texts(listed(predict, names, "--must-include", "two", "--ban", "a", "--max-words", "5", "--candidates", "2")[1])
     assert all("two" in t.split() and "a" not in t.split() and len(t.split()) <= 5 for t in found)
+    assert set(texts(listed(predict, names[:2], "--must-include", "green circle", "--max-words", "2")[1])) == {"green circle"}
+    filled = texts(listed(predict, names[:1], "--must-include", "green circle", "--template", f"{OPEN} and {OPEN}", "--max-words", "4")[1])
+    assert "green circle" in filled[0] and len(filled[0].split()) == 4
 
 
 @pytest.mark.parametrize(
@@ -242,8 +245,14 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["--min-words", "99"], "a caption has at most 20 tokens, not 99"),
         (
             ["--must-include", "red circle", "--max-words", "1"],
-            "the given words and what is between them take 3 tokens, a caption has at most 1",
+            "the given words and what is between them take 2 tokens, a caption has at most 1",
         ),
+        (
+            ["--must-include", "red circle", "--template", "[MASK] and [MASK]", "--max-words", "3"],
+            "the given words and what is between them take 4 tokens, a caption has at most 3",
+        ),
+        (["--ban", ""], "'' is an empty word: it cannot be included or banned"),
+        (["--must-include", "!"], "'!' is an empty word: it cannot be included or banned"),
         (["--min-words", "5", "--max-words", "4"], "5 to 4 words cannot be: at least 1, and not more than at most"),
         (["--shard", "3/2"], "--shard 3/2: expected I/N with I from 1 to N"),
         (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),

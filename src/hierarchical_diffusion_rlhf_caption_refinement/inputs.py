@@ -1,7 +1,6 @@
 """What people hand to `predict`, as a list of images that are read one by one: files, folders, globs, lists, tables, tars, addresses."""
 
 import csv
-import json
 import os
 import re
 import sys
