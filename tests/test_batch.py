@@ -453,6 +453,16 @@ def test_names_that_are_not_unicode(run):
     assert json.loads(Path("p.json").read_text())[0]["image"] == os.fsdecode(b"x/\xff\xfe.png")
 
 
+def test_a_csv_of_odd_names_has_a_row_for_each(run):
+    for path, name in zip(pictures(Path("x"), 4), (b"\xff.png", b"a\rb.png", b"c\nd.png", b'e",.png'), strict=True):
+        os.rename(path, b"x/" + name)
+    assert run("x", "--output", "p.csv") == 0
+    with Path("p.csv").open(encoding="utf-8", newline="") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert names == ["x/a\rb.png", "x/c\nd.png", 'x/e",.png', "x/?.png"]
+    assert [item.name for item in find_items(["p.csv"])] == names
+
+
 def test_disobedience_is_an_error_of_its_image(smoke):
     captioner = Captioner.from_pretrained(smoke / "models/smoke")
     picture = render(sample_scene(5, "test", 0))

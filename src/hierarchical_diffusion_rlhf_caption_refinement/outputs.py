@@ -1,6 +1,7 @@
 """Where the captions of `predict` go: text files beside the images or in a tree like theirs, and tables; each whole or not at all."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -170,12 +171,11 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
         if output.format == "parquet":
             _write_parquet(partial, output.fields, ({f: row[f] for f in output.fields} for _, row in rows))
             return
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
             if output.format == "csv":
-                writer = csv.writer(file, lineterminator="\n")
                 flat = [field for field in output.fields if field not in LISTS]
-                writer.writerow(flat)
-                writer.writerows([row[f] for f in flat] for _, row in rows)
+                file.write(_csv_line(flat))
+                file.writelines(_csv_line([row[f] for f in flat]) for _, row in rows)
                 return
             shown = ((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl"))
             lines = (json.dumps(_shaped(output, item, row)) for item, row in shown)
@@ -185,6 +185,13 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
                 file.write("\n]\n")
             else:
                 file.writelines(f"{line}\n" for line in lines)
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
+    """Ended as on Unix; csv quotes a carriage return in a cell only where it ends lines with one itself."""
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _shaped(output: Output, item: Item, row: Row) -> Row:
