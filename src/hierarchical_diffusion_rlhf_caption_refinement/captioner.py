@@ -99,7 +99,7 @@ class Orders:
 
     @property
     def given(self) -> int:
-        """The fewest tokens of a caption: a phrase fills an open part of the template, or shares one; each other open part takes a token."""
+        """The fewest tokens of a caption: a phrase fills an open part of the template or shares one; every other open part takes one."""
         told = sum(len(ids[1]) for ids in (*self.parts, *self.phrases) if ids is not None)
         return told + max(self.parts.count(None) - len(self.phrases), 0)
 
