@@ -258,6 +258,51 @@ def test_every_table_says_the_same(run):
     assert failure == {"image": "x/val2014/broken_77.png", "error": "x/val2014/broken_77.png: not an image"}
 
 
+STAYS = "is there already, and predict did not write it (it has no log beside it); remove or rename it"
+READ = "is to be read, so it cannot be written; --output names another file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output", "reason"),
+    [
+        (["t.csv"], "t.csv", READ),
+        (["@list"], "./list", READ),
+        (["--image-list", "list"], "x/../list", READ),
+        (["--image-url", "x/00.png"], "x/00.png", READ),
+        (["x/*.png"], "link.png", READ),
+        (["--refine", "drafts.jsonl"], "drafts.jsonl", READ),
+        (["t.csv"], "drafts.jsonl", STAYS),
+        (["x"], "x/metadata.jsonl", STAYS),
+        (["x"], "model.pt", STAYS),
+        (["x"], "x", "is a folder; --output names the file"),
+    ],
+)
+def test_no_table_takes_the_place_of_another_file(run, smoke, capsys, arguments, output, reason):
+    pictures(Path("x"), 2)
+    Path("t.csv").write_text("image,price\nx/00.png,3\n")
+    Path("list").write_text("x/00.png\n")
+    Path("drafts.jsonl").write_text('{"image": "x/00.png", "caption": "a red circle"}\n')
+    Path("x/metadata.jsonl").write_text('{"file_name": "00.png", "text": "mine"}\n')
+    Path("link.png").symlink_to("x/00.png")
+    Path("model.pt").symlink_to(smoke / "models/smoke/best_rlhf_model.pt")
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    form = [] if output.endswith("metadata.jsonl") else ["--format", "json"]
+    assert run(*arguments, "--output", output, *form) == 2
+    assert capsys.readouterr().err == f"error: {Path(output)}: {reason}\n"
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
+
+
+def test_a_table_of_its_own_is_written_again_but_not_over_its_source(run, capsys):
+    pictures(Path("x"), 2)
+    Path("p.jsonl").touch()  # mktemp's
+    for shard in ("1/2", "2/2", "1/2"):
+        assert run("x", "--output", "p.jsonl", "--shard", shard) == 0
+    assert [row["image"] for row in logged("p.jsonl")] == ["x/00.png", "x/01.png"]
+    assert run("x", "--output", "p.jsonl", "--suffix", "!") == 0
+    assert all(row["caption"].endswith("!") for row in logged("p.jsonl"))
+    assert run("--refine", "p.jsonl", "--output", "p.jsonl") == 2 and capsys.readouterr().err == f"error: p.jsonl: {READ}\n"
+
+
 def test_ways_to_name_images(run, monkeypatch, tmp_path):
     names = pictures(Path("x"), 4)
     pictures(Path("x/deep"), 1, first=9)
@@ -289,6 +334,26 @@ def test_ways_to_name_images(run, monkeypatch, tmp_path):
     for wrong, reason in (("cut.tar", "not an uncompressed tar"), ("t2.jsonl", "not a readable table"), ("a.log.jsonl", "own record")):
         with pytest.raises(ConfigError, match=reason):
             find_items([wrong])
+
+
+def test_what_a_folder_holds_but_cannot_be_read_fails(run, capsys):
+    pictures(Path("x/deep"), 1)
+    Path("x/gone.png").symlink_to("nowhere.png")
+    Path("x/deep/loop.png").symlink_to("loop.png")
+    assert run("-r", "x", "--output", "p.jsonl") == run("x/*.png", "x/deep/*.png") == 3
+    lines = sorted(line.split(": ")[1] for line in capsys.readouterr().err.splitlines())
+    assert lines == ["x/deep/loop.png", "x/deep/loop.png", "x/gone.png", "x/gone.png"]
+    assert [row["image"] for row in logged("p.jsonl") if not row["error"]] == ["x/deep/00.png"]
+
+
+def test_a_text_file_that_cannot_be_is_a_failure_of_its_image(run, capsys):
+    name, _ = (path.name for path in pictures(Path("x"), 2))
+    long = "a" * 251 + ".png"
+    os.rename(f"x/{name}", f"x/{long}")
+    for _ in range(2):
+        assert run("x", "--format", "txt", "--output", "o", "--sidecar-name", "full") == 3
+        assert capsys.readouterr().err == f"failed: x/{long}: its text file: File name too long\n"
+    assert [path.name for path in Path("o").glob("*.txt")] == ["01.png.txt"]
 
 
 def test_an_evil_tar_stays_in_its_folder(run):
@@ -386,6 +451,16 @@ def test_names_that_are_not_unicode(run):
         assert run("x", "--output", output) == 0
     assert run("x") == 0 and run("x", "--format", "txt") == 0
     assert json.loads(Path("p.json").read_text())[0]["image"] == os.fsdecode(b"x/\xff\xfe.png")
+
+
+def test_a_csv_of_odd_names_has_a_row_for_each(run):
+    for path, name in zip(pictures(Path("x"), 4), (b"\xff.png", b"a\rb.png", b"c\nd.png", b'e",.png'), strict=True):
+        os.rename(path, b"x/" + name)
+    assert run("x", "--output", "p.csv") == 0
+    with Path("p.csv").open(encoding="utf-8", newline="") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert names == ["x/a\rb.png", "x/c\nd.png", 'x/e",.png', "x/?.png"]
+    assert [item.name for item in find_items(["p.csv"])] == names
 
 
 def test_disobedience_is_an_error_of_its_image(smoke):

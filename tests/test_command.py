@@ -40,6 +40,24 @@ def test_wrong_usage(arguments):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train"], "what was saved is kept, the same command with --resume goes on from there"),
+        (["evaluate", "--checkpoint", "x"], "the same command starts over"),
+        (["predict", "--checkpoint", "x", "a.png"], "the same command starts over"),
+        (["predict", "--checkpoint", "x", "a.png", "--format", "txt"], "the same command goes on from there"),
+        (EXPORT, "y may be incomplete, the same command starts over"),
+    ],
+)
+def test_ctrl_c_tells_what_the_command_does_the_next_time(arguments, told, monkeypatch, capsys):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{arguments[0]}", pressed)
+    assert (cli.main(arguments), capsys.readouterr().err) == (130, f"interrupted; {told}\n")
+
+
 def test_the_scripts_are_the_same_functions(capsys):
     assert cli.train(["seed=x"]) == cli.main(["train", "seed=x"]) == 2
     first, second = capsys.readouterr().err.splitlines()

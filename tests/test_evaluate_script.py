@@ -7,9 +7,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.summary import summarise
+from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
 
+SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 BASE, REWARD, RLHF = (f"models/smoke/best_{kind}_model.pt" for kind in ("base", "reward", "rlhf"))
 
 
@@ -62,6 +67,19 @@ def test_several_candidates_need_a_reward_model(there, capsys):
     Path(REWARD).unlink()
     assert cli.evaluate(["--checkpoint", BASE, "--model-type", "base", "sampler.temperature=1", "sampler.candidates=2"]) == 1
     assert capsys.readouterr().err == "error: sampler.candidates > 1 needs a reward model to choose by\n"
+
+
+def test_a_reward_model_of_other_eyes(there, capsys):
+    payload = checkpoint.load(REWARD, "reward")
+    next(iter(payload["alignment"].values())).add_(1.0)
+    checkpoint.save(REWARD, "reward", payload)
+    line = f"{REWARD}: its eyes or its vocabulary are not those of {RLHF}; train the older one anew, or move it away"
+    assert cli.evaluate(["--checkpoint", RLHF]) == cli.predict(["--checkpoint", RLHF, "x.png", "--candidates", "2"]) == 1
+    assert capsys.readouterr().err == f"error: {line}\n" * 2
+    config = load_config([SMOKE], ["data.test=4"])  # a training run between its stages goes on without it
+    assert summarise(config, [], {}, Path("cache"))[1]["rlhf"].reward is None
+    cli.caption_fresh_images(config, Console())
+    assert capsys.readouterr().out == f"no captions of new images: {line}\n"
 
 
 def test_wrong_kinds_and_settings(there, capsys):

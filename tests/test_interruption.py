@@ -19,6 +19,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import StageLog
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"
+RESUME = "what was saved is kept, the same command with --resume goes on from there"
 COMMAND = ["--config", str(SMOKE), "--resume"]
 
 
@@ -75,7 +76,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(smoke, copy, capsys, stage
         assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 130
     errors = capsys.readouterr().err
     where = f"stopped after update {step}; models/smoke/last_{stage}.pt holds all that is needed to go on from there"
-    assert where in errors and errors.endswith("continue with the same command and --resume\n")
+    assert where in errors and errors.endswith(f"\n{RESUME}\n")
     assert torch.load(f"models/smoke/last_{stage}.pt", weights_only=True)["payload"]["step"] == step
     assert stage not in json.loads(Path("results/smoke/stages.json").read_text())
     assert cli.train(["--config", str(SMOKE), "--stage", stage, "--resume"]) == 0
@@ -93,7 +94,7 @@ def test_ctrl_c_outside_of_training(copy, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "finish", pressed)
     assert cli.train([*COMMAND]) == 130
-    assert capsys.readouterr().err == "interrupted; what was saved is kept, --resume continues from there\n"
+    assert capsys.readouterr().err == f"interrupted; {RESUME}\n"
 
 
 def run(folder: Path, *arguments: str, kill: tuple[str, float] | None = None) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,8 @@ def predict(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def listed(predict, names, *more: str) -> tuple[int, list[dict]]:
     Path("images.txt").write_text("\n".join(map(str, names)) + "\n")
-    Path("predictions.json.log.jsonl").unlink(missing_ok=True)
+    for name in ("predictions.json", "predictions.json.log.jsonl"):
+        Path(name).unlink(missing_ok=True)
     code = predict("--image-list", "images.txt", "--output", "predictions.json", *more)
     return code, json.loads(Path("predictions.json").read_text())
 
@@ -62,8 +63,10 @@ def test_one_image(predict, pictures, capsys):
 
 
 def test_an_address_gives_the_caption_of_the_file(predict, pictures, address):
-    code, (by_name, by_address) = listed(predict, [pictures / "3.png", f"{address}/3.png"])
-    assert code == 0 and by_name["caption"] == by_address["caption"] and by_address["image"] == f"{address}/3.png"
+    shouted = address.replace("http", "HTTP")
+    code, (by_name, *by_address) = listed(predict, [pictures / "3.png", f"{address}/3.png", f"{shouted}/3.png"])
+    assert code == 0 and {row["caption"] for row in by_address} == {by_name["caption"]}
+    assert [row["image"] for row in by_address] == [f"{address}/3.png", f"{shouted}/3.png"]
 
 
 def test_an_address_without_an_image(predict, address, capsys):
@@ -162,6 +165,12 @@ def test_settings_that_do_not_exist_or_fit(predict, pictures, capsys, setting, l
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
+def test_standard_input_that_is_closed(predict, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert predict("-") == 2
+    assert capsys.readouterr().err == "error: standard input: is closed\n"
+
+
 OPEN = "[MASK]"
 
 
@@ -207,6 +216,9 @@ def test_words_are_bounded_included_and_banned(predict, pictures):
     assert not any(f" {pair} " in f" {text} " for text in found) and found[0] != free[0]
     found = texts(listed(predict, names, "--must-include", "two", "--ban", "a", "--max-words", "5", "--candidates", "2")[1])
     assert all("two" in t.split() and "a" not in t.split() and len(t.split()) <= 5 for t in found)
+    assert set(texts(listed(predict, names[:2], "--must-include", "green circle", "--max-words", "2")[1])) == {"green circle"}
+    filled = texts(listed(predict, names[:1], "--must-include", "green circle", "--template", f"{OPEN} and {OPEN}", "--max-words", "4")[1])
+    assert "green circle" in filled[0] and len(filled[0].split()) == 4
 
 
 @pytest.mark.parametrize(
@@ -233,8 +245,14 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["--min-words", "99"], "a caption has at most 20 tokens, not 99"),
         (
             ["--must-include", "red circle", "--max-words", "1"],
-            "the given words and what is between them take 3 tokens, a caption has at most 1",
+            "the given words and what is between them take 2 tokens, a caption has at most 1",
         ),
+        (
+            ["--must-include", "red circle", "--template", "[MASK] and [MASK]", "--max-words", "3"],
+            "the given words and what is between them take 4 tokens, a caption has at most 3",
+        ),
+        (["--ban", ""], "'' is an empty word: it cannot be included or banned"),
+        (["--must-include", "!"], "'!' is an empty word: it cannot be included or banned"),
         (["--min-words", "5", "--max-words", "4"], "5 to 4 words cannot be: at least 1, and not more than at most"),
         (["--shard", "3/2"], "--shard 3/2: expected I/N with I from 1 to N"),
         (["--output", "x.doc"], "x.doc: --format says what to write, one of txt, json, jsonl, csv, parquet, metadata, coco"),
@@ -246,6 +264,9 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["steps=99999999999999999999"], "sampler.steps=99999999999999999999: must be a finite number"),
         (["steps=???"], "sampler.steps=???: 'sampler.steps' has no value"),
         (["--candidates", "2", "--accuracy", "1e300"], "accuracy, fluency and specificity count from 0 to 100 times"),
+        ([""], "an empty image name"),
+        (["--format", "txt", "--ext", "."], "--ext .: expected a suffix such as .txt that is not an image's"),
+        (["--format", "txt", "--ext", ".a/b"], "--ext .a/b: expected a suffix such as .txt that is not an image's"),
     ],
 )
 def test_wishes_that_cannot_be_fulfilled(predict, pictures, capsys, wish, line):

@@ -139,6 +139,13 @@ def test_damaged_folders_are_one_clear_line(exported, tmp_path, name, content, l
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_1(exported, tmp_path, capsys):
+    (tmp_path / "out/model.safetensors").mkdir(parents=True)
+    assert cli.main(["export", "--checkpoint", str(exported), "--output", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'out/model.safetensors'}: cannot be written: ") and "Is a directory" in line
+
+
 def test_settings_of_another_version_are_one_line_and_exit_code_1(exported, scenes, tmp_path, capsys):
     scenes[0].save(tmp_path / "0.png")
     shutil.copytree(exported, tmp_path / "later")

@@ -169,6 +169,15 @@ def test_tables_of_drafts(run, capsys):
     with pytest.raises(ConfigError, match="no column of captions among image, note; --caption-column"):
         Path("e.jsonl").write_text('{"image": "0.png", "note": "x"}\n')
         find_drafts("e.jsonl", False, "", "", ".txt")
+    Path("u.jsonl").write_text('{"image": "0.png", "caption": "a\u2028b"}\r\n', encoding="utf-8")  # a line end within a text
+    assert [i.draft for i in find_drafts("u.jsonl", False, "", "", ".txt")] == ["a\u2028b"]
+
+
+@pytest.mark.parametrize("row", ['{"image": "0.png", "capt', '["0.png", "a star"]', "7"])
+def test_a_row_that_is_none_is_told_by_its_line(run, capsys, row):
+    Path("l.jsonl").write_text(f'{{"image": "0.png", "caption": "a"}}\n\n{row}\n')
+    assert run("--refine", "l.jsonl") == run("l.jsonl") == 2
+    assert capsys.readouterr().err == "error: l.jsonl: line 3 is not a JSON object\n" * 2
 
 
 def test_refining_a_table_is_a_job_like_any_other(run, capsys):

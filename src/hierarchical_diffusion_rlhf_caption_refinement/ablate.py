@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .utils.command import find_config, guarded, refuse
+from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
 from .utils.config import ConfigError, flat, to_plain
 from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
@@ -40,7 +40,7 @@ def ablate(argv: Sequence[str] | None = None, prog: str = "ablate.py") -> int:
     args = parser.parse_args(argv)
     if args.report_only:
         refuse(parser, args, "only base_from jobs", "is for training; --report-only reads all records that there are")
-    return guarded(lambda: _ablate(args))
+    return guarded(lambda: _ablate(args), ANEW if args.report_only else AGAIN)
 
 
 def _ablate(args: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,13 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .captioner import Caption, Captioner, Seen, Wishes
 from .data.images import ImageError
 from .inputs import Item
-from .outputs import DRAFT_FIELDS, FIELDS, LISTS, Output, Row, beside, joined, read_text, write_table, write_text
+from .outputs import DRAFT_FIELDS, FIELDS, LISTS, LOG_NAME, Output, Row, beside, joined, logs_of, read_text, write_table, write_text
 from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
 from .utils.files import parse_row
 from .utils.interrupt import deferred_interrupts
 
-LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
 AHEAD = 4
 """Images that are read while others are captioned; no more pictures than these are in memory."""
 
@@ -143,8 +143,7 @@ class Log:
 
     def read(self) -> None:
         """Find out where every row is."""
-        name = re.compile(re.escape(re.sub(LOG_NAME, "", self.path.name)) + LOG_NAME)
-        self.files = sorted(p for p in self.path.parent.iterdir() if name.fullmatch(p.name))
+        self.files = logs_of(self.path.with_name(re.sub(LOG_NAME, "", self.path.name)))
         self.known: dict[tuple[str, str, str], tuple[bool, float, int, int]] = {}
         self.latest: dict[str, tuple[float, int, int]] = {}
         for i, path in enumerate(self.files):
@@ -222,7 +221,12 @@ class Batch:
                 tasks += [] if caption else [Task(item, identity)]
                 continue
             path = self.output.sidecar(item)
-            current, last = read_text(path), self.log.last(item)
+            last = self.log.last(item)
+            try:
+                current = read_text(path)
+            except OSError as error:  # a name that is too long, for example: the other images go on
+                tasks.append(Task(replace(item, load=partial(_missed, f"{item.name}: its text file: {error.strerror}")), identity))
+                continue
             ours = last is not None and current == last["file"]
             if not ours and current.strip() and self.output.existing == "error":
                 raise ConfigError(f"{path}: is there already (--existing skip, overwrite, append or prepend)")
@@ -292,6 +296,10 @@ class Batch:
             write_text(path, "".join(lines))
         else:
             path.unlink(missing_ok=True)
+
+
+def _missed(reason: str) -> Image:
+    raise ImageError(reason)
 
 
 @contextmanager

@@ -55,6 +55,8 @@ class Wishes:
     """Put around the caption as they are; they do not count for anything above."""
 
     def __post_init__(self) -> None:
+        if empty := [text for text in (*self.must_include, *self.ban) if not said(text)]:
+            raise ConfigError(f"'{empty[0]}' is an empty word: it cannot be included or banned")
         given = [said(text) for text in (*self.must_include, *self.template.split(MASK))]
         banned = [text for text in self.ban if any(contains(words, said(text)) for words in given)]
         if banned:
@@ -63,8 +65,6 @@ class Wishes:
             raise ConfigError(f"the template '{self.template}' leaves nothing open: write {MASK} where words are missing")
         if self.min_words < 1 or 0 < self.max_words < self.min_words:
             raise ConfigError(f"{self.min_words} to {self.max_words} words cannot be: at least 1, and not more than at most")
-        if not all(map(said, (*self.must_include, *self.ban))):
-            raise ConfigError("what must be included or is banned needs a word")
 
     def obeyed_by(self, text: str) -> bool:
         words = said(text)
@@ -99,8 +99,9 @@ class Orders:
 
     @property
     def given(self) -> int:
-        """The fewest tokens of a caption."""
-        return sum(1 if part is None else len(part[1]) for part in self.parts) + sum(len(phrase[1]) for phrase in self.phrases)
+        """The fewest tokens of a caption: a phrase fills an open part of the template or shares one; every other open part takes one."""
+        told = sum(len(ids[1]) for ids in (*self.parts, *self.phrases) if ids is not None)
+        return told + max(self.parts.count(None) - len(self.phrases), 0)
 
 
 @dataclass(frozen=True)

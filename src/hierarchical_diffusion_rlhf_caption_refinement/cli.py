@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .ablate import ablate, ablate_parser
-from .utils.command import find_config, guarded, refuse
+from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
 from .utils.files import reserved, write_json
 from .utils.runlog import RunLog
@@ -45,7 +45,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     args = _train_parser(prog).parse_intermixed_args(argv)
-    return guarded(lambda: _train(args))
+    return guarded(lambda: _train(args), "what was saved is kept, the same command with --resume goes on from there")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -129,7 +129,7 @@ def caption_fresh_images(config: Config, console: Console) -> None:
     """Render scenes that no split holds, save them as files, and caption the files as a user would."""
     from .captioner import Captioner
     from .data.scenes import render, sample_scene
-    from .models.saved import FILES
+    from .models.saved import FILES, OtherEyesError
     from .utils.seeding import usable_device
 
     if config.data.source != "scenes" or not (config.models / FILES["rlhf"]).exists():
@@ -139,7 +139,12 @@ def caption_fresh_images(config: Config, console: Console) -> None:
     paths = [folder / f"scene_{i}.png" for i in range(FRESH)]
     for i, path in enumerate(paths):
         render(sample_scene(config.seed, "test", config.data.test + i)).save(path)
-    for path, caption in zip(paths, Captioner.from_pretrained(config.models, device=usable_device())(paths), strict=True):
+    try:
+        captioner = Captioner.from_pretrained(config.models, device=usable_device())
+    except OtherEyesError as error:  # a stage before the last one was trained anew
+        console.print(f"no captions of new images: {error}", highlight=False, soft_wrap=True)
+        return
+    for path, caption in zip(paths, captioner(paths), strict=True):
         console.print(f"{path}: {caption.text}", highlight=False, soft_wrap=True)
 
 
@@ -155,7 +160,7 @@ def _evaluate_parser(prog: str) -> argparse.ArgumentParser:
 
 def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     args = _evaluate_parser(prog).parse_intermixed_args(argv)
-    return guarded(lambda: _evaluate(args))
+    return guarded(lambda: _evaluate(args), ANEW)
 
 
 def refuse_settled(overrides: Sequence[str]) -> None:
@@ -218,7 +223,8 @@ tables (.jsonl .csv .tsv .parquet; names relative to the table). What looks like
 everything else is an image: write ./a=b*.jpg for a glob that looks like a setting.
 
 Repeating a command does what is missing, and redoes what changed: image, model or settings. A log beside the captions, *.log.jsonl, knows;
-delete it to start afresh. Several processes: torchrun --nproc-per-node 4 scripts/predict.py ..., or --shard 1/4 to 4/4 anywhere.
+delete it, with its table, to start afresh: a table without a log is somebody else's, and is not overwritten.
+Several processes: torchrun --nproc-per-node 4 scripts/predict.py ..., or --shard 1/4 to 4/4 anywhere.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 interrupted (torchrun turns any but 0 into 1).
 """
@@ -301,7 +307,7 @@ def predict(argv: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     args.settings = [f"sampler.{key}={value}" for key, value in flags.items() if value is not None] + [
         f"sampler.{text}" for text in settings
     ]
-    return guarded(lambda: _predict(args))
+    return guarded(lambda: _predict(args), AGAIN if args.output or args.format else ANEW)
 
 
 def refuse_ignored(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -337,7 +343,7 @@ def shard_of(text: str | None) -> tuple[int, int]:
 
 def _predict(args: argparse.Namespace) -> int:
     from .inputs import find_drafts, find_items
-    from .outputs import check_places, make_output
+    from .outputs import check_places, check_table, make_output
 
     shard = shard_of(args.shard)
     output = make_output(args.output, args.format, args.existing, args.ext, args.sidecar_name == "full", bool(args.refine))
@@ -347,27 +353,26 @@ def _predict(args: argparse.Namespace) -> int:
         items = find_items(args.images, args.image_url or "", args.image_list, args.recursive, args.image_column)
     if output:
         check_places(output, items)
+    if output and output.format != "txt" and output.path:
+        named = [text.removeprefix("@") for text in (*args.images, args.image_url, str(args.image_list or ""), args.refine) if text]
+        check_table(output.path, [*named, *(item.file for item in items if item.file)])
     from .batch import Batch, Task
 
-    try:
-        work = read_work(args)
-        if output is None:
-            one = bool(args.image_url) or (len(items) == 1 and args.images)
-            mine = items[shard[0] - 1 :: shard[1]]
-            return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one), args.report_only)
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        with closing(Batch(work, output, items, shard)) as batch:
-            result = batch.run(args.batch_size, show=shard[0] == 1)
-            if ranks > 1 and not result.stopped:
-                meet(ranks)
-                if shard[0] > 1:
-                    return 0
-                result = batch.finish(result.before, items)
-            if args.refine:
-                show_review((row for _, row in batch.rows() if not row["error"]), args.report_only)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+    work = read_work(args)
+    if output is None:
+        one = bool(args.image_url) or (len(items) == 1 and args.images)
+        mine = items[shard[0] - 1 :: shard[1]]
+        return print_captions(work.rows((Task(item, "") for item in mine), args.batch_size), bool(one), args.report_only)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with closing(Batch(work, output, items, shard)) as batch:
+        result = batch.run(args.batch_size, show=shard[0] == 1)
+        if ranks > 1 and not result.stopped:
+            meet(ranks)
+            if shard[0] > 1:
+                return 0
+            result = batch.finish(result.before, items)
+        if args.refine:
+            show_review((row for _, row in batch.rows() if not row["error"]), args.report_only)
     return tell(result, output.path or "text files")
 
 
@@ -493,7 +498,7 @@ def export(argv: Sequence[str] | None = None, prog: str = "caprefine export") ->
     args = parser.parse_args(argv)
     if not args.preferences:
         refuse(parser, args, "images", "goes with --preferences; a captioner brings what it needs")
-    return guarded(lambda: _export(args))
+    return guarded(lambda: _export(args), f"{args.output} may be incomplete, {ANEW}")
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """What people hand to `predict`, as a list of images that are read one by one: files, folders, globs, lists, tables, tars, addresses."""
 
 import csv
-import json
 import os
 import re
 import sys
@@ -16,8 +15,9 @@ from urllib.parse import quote
 
 from PIL.Image import Image
 
-from .data.images import SUFFIXES, ImageError, fetch_image, find_images, load_image
+from .data.images import SUFFIXES, ImageError, fetch_image, find_images, is_image, load_image
 from .utils.config import ConfigError
+from .utils.files import parse_row
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "url", "image_url")
 """Columns of a table that may name the image; the first that is there does."""
@@ -58,7 +58,7 @@ class Item:
 
 
 def is_address(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def _inside(name: str) -> Path:
@@ -86,6 +86,8 @@ def _listed(names: Sequence[str], base: Path | None = None) -> list[Item]:
 def read_lines(file: Path | None) -> list[str]:
     """Names of images, one per line of a file or of standard input; `#` begins a comment. Raises ConfigError if there is none."""
     where = str(file or "standard input")
+    if file is None and sys.stdin is None:
+        raise ConfigError(f"{where}: is closed")
     try:
         data = file.read_bytes() if file else sys.stdin.buffer.read()
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
@@ -163,6 +165,12 @@ def _parquet(path: Path, wanted: str) -> list[Item]:
     return [Item(name, Path(path.stem, f"{i}.png"), path, partial(_cell, path, g, column, r, name)) for name, i, g, r in rows]
 
 
+def _object(line: str, where: str) -> dict[str, Any]:
+    if (row := parse_row(line)) is None:
+        raise ConfigError(f"{where} is not a JSON object")
+    return row
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     """A table's rows, without images that it holds."""
     if path.suffix == ".parquet":
@@ -170,7 +178,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
         columns = [field.name for field in file.schema_arrow if not _holds_images(field)]
         return [row for group in range(file.num_row_groups) for row in file.read_row_group(group, columns).to_pylist()]
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at the line ends that JSON leaves within a text
+        return [_object(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     with path.open(encoding="utf-8-sig", newline="") as lines:
         return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
 
@@ -196,6 +205,8 @@ def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
 def _one(text: str, recursive: bool, column: str) -> list[Item]:
     """The images of one argument. Raises ConfigError if it has none."""
     path = Path(text)
+    if not text:  # an unset variable, not the folder where we are
+        raise ConfigError("an empty image name")
     if text == "-" or text.startswith("@"):
         return _listed(read_lines(None if text == "-" else Path(text[1:])))
     if text.endswith((".log.jsonl", ".failures.jsonl")):
@@ -207,7 +218,7 @@ def _one(text: str, recursive: bool, column: str) -> list[Item]:
         deeper = " (-r looks into folders in it, too)" if not recursive else ""
     elif re.search(r"[*?[]", text) and not os.path.exists(path):
         root = Path(*(part for part in Path(re.split(r"[*?[]", text)[0] + "x").parts[:-1]))
-        files = sorted(p for p in glob(text, recursive=True) if Path(p).suffix.lower() in SUFFIXES and os.path.isfile(p))
+        files = sorted(p for p in glob(text, recursive=True) if is_image(Path(p)))
         found, deeper = [_named(name, root) for name in files], ""
     elif path.suffix.lower() == ".tar":
         found, deeper = list(_tar(path)), ""

@@ -1,6 +1,7 @@
 """Where the captions of `predict` go: text files beside the images or in a tree like theirs, and tables; each whole or not at all."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -22,6 +23,8 @@ FIELDS = ("image", "caption", "confidence", "reward", "tokens", "seed", "error")
 DRAFT_FIELDS = ("image", "caption", "draft", "suspicion", "reward", "draft_reward", "words", "seed", "error")
 LISTS = ("tokens", "words")
 """Fields that a CSV has no place for."""
+LOG_NAME = r"(\.\d+-of-\d+)?\.log\.jsonl$"
+"""What follows a table's name in that of its log, or of a shard's."""
 Row = dict[str, Any]
 
 
@@ -39,8 +42,6 @@ class Output:
     """The captions were there before."""
 
     def __post_init__(self) -> None:
-        if self.ext.lower() in SUFFIXES or not self.ext.startswith("."):
-            raise ConfigError(f"--ext {self.ext}: expected a suffix such as .txt that is not an image's")
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
         if self.format == "parquet" and self.path:
@@ -68,6 +69,8 @@ class Output:
 
 def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool, drafts: bool = False) -> Output | None:
     """From the command line; the format follows from the file's name. None: captions are printed. Raises ConfigError."""
+    if ext.lower() in SUFFIXES or not re.fullmatch(r"\.[^/]+", ext):
+        raise ConfigError(f"--ext {ext}: expected a suffix such as .txt that is not an image's")
     if form is None and path is None:
         return None
     if form is None and path is not None:
@@ -90,6 +93,24 @@ def check_places(output: Output, items: Sequence[Item]) -> None:
             help_ = "; --sidecar-name full writes NAME.SUFFIX" + output.ext if output.format == "txt" and not output.full_name else ""
             both = f"{first[0]} and {item.name}" if first[0] != item.name else f"two captions of {item.name}"
             raise ConfigError(f"{both} would share {place}{help_}")
+
+
+def check_table(path: Path, read: Iterable[str | Path]) -> None:
+    """Raises ConfigError where a table would take the place of a file that is to be read, or that `predict` did not write."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; --output names the file")
+    if not path.exists():
+        return
+    if any(os.path.exists(file) and path.samefile(file) for file in read):
+        raise ConfigError(f"{path}: is to be read, so it cannot be written; --output names another file")
+    if not (path.is_file() and path.stat().st_size == 0) and not logs_of(path):
+        raise ConfigError(f"{path}: is there already, and predict did not write it (it has no log beside it); remove or rename it")
+
+
+def logs_of(path: Path) -> list[Path]:
+    """The logs of a table, or of a folder's `captions`; shards have one each."""
+    name = re.compile(re.escape(path.name) + LOG_NAME)
+    return sorted(p for p in path.parent.iterdir() if name.fullmatch(p.name))
 
 
 def _place(output: Output, item: Item) -> Any:
@@ -150,12 +171,11 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
         if output.format == "parquet":
             _write_parquet(partial, output.fields, ({f: row[f] for f in output.fields} for _, row in rows))
             return
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
             if output.format == "csv":
-                writer = csv.writer(file, lineterminator="\n")
                 flat = [field for field in output.fields if field not in LISTS]
-                writer.writerow(flat)
-                writer.writerows([row[f] for f in flat] for _, row in rows)
+                file.write(_csv_line(flat))
+                file.writelines(_csv_line([row[f] for f in flat]) for _, row in rows)
                 return
             shown = ((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl"))
             lines = (json.dumps(_shaped(output, item, row)) for item, row in shown)
@@ -165,6 +185,13 @@ def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
                 file.write("\n]\n")
             else:
                 file.writelines(f"{line}\n" for line in lines)
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
+    """Ended as on Unix; csv quotes a carriage return in a cell only where it ends lines with one itself."""
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _shaped(output: Output, item: Item, row: Row) -> Row:

@@ -30,10 +30,9 @@ from .models.saved import (
     captioner_kind,
     eyes_from,
     eyes_payload,
-    find_reward,
     load_denoiser,
-    load_reward,
     load_weights,
+    reward_beside,
     reward_from,
     reward_payload,
     settings_from,
@@ -81,10 +80,10 @@ def load_parts(source: str | Path, kind: Kind | None = None) -> Parts:
         kind = kind or "rlhf"
         path /= FILES[kind]
     eyes, denoiser = load_denoiser(path, kind := kind or captioner_kind(path))
-    if not (beside := find_reward(path, eyes.config)):
+    if not (beside := reward_beside(path, eyes, words_and_owners(eyes.tokenizer))):
         return Parts(kind, eyes, denoiser, None, (path,))
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer))
-    return Parts(kind, replace(eyes, alignment=reward.evidence.alignment), denoiser, reward, (path, beside))
+    file, reward = beside
+    return Parts(kind, replace(eyes, alignment=reward.evidence.alignment), denoiser, reward, (path, file))
 
 
 def local(source: str | Path) -> Path:
@@ -101,7 +100,7 @@ def local(source: str | Path) -> Path:
 
 
 def save_parts(folder: Path, parts: Parts) -> None:
-    """Raises OSError if the folder cannot be written."""
+    """Raises OSError or CheckpointError if the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     eyes, payload = parts.eyes, eyes_payload(parts.eyes)
     state = {"denoiser": parts.denoiser.state_dict(), "vision": payload["vision"], "alignment": payload["alignment"]}
@@ -112,7 +111,10 @@ def save_parts(folder: Path, parts: Parts) -> None:
     told |= {"banned": payload["banned"], "settings": to_plain(_portable(eyes.config)), "measured": parts.measured()}
     told["transformers_version"] = transformers.__version__
     flat = {f"{part}.{name}": tensor.contiguous() for part, tensors in state.items() for name, tensor in tensors.items()}
-    save_file(flat, folder / WEIGHTS, {"format": "pt"})
+    try:
+        save_file(flat, folder / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # what it makes of any OSError
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
     write_json(folder / CONFIG, told, indent=2)
     eyes.tokenizer.save(str(folder / TOKENIZER))
     special = {"pad_token": PAD, "unk_token": UNKNOWN_WORD}

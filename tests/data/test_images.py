@@ -1,5 +1,6 @@
 import http.server
 import io
+import os
 import struct
 import threading
 import zlib
@@ -148,3 +149,23 @@ def test_find_images(tmp_path: Path) -> None:
     assert [p.name for p in find_images(tmp_path, recursive=True)] == ["a.png", "b.JPG", "c.webp"]
     with pytest.raises(ImageError, match="nowhere: no such folder"):
         find_images(tmp_path / "nowhere")
+
+
+def test_links_to_nowhere_and_closed_folders_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "shut", "folder.png"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "open/a.png").touch()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    real = os.scandir
+
+    def scandir(path: str):
+        if os.path.basename(path) == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_images(tmp_path, recursive=True) == [tmp_path / name for name in ("gone.png", "loop.jpg", "open/a.png", "shut")]
+    for name, reason in {"gone.png": "no such file", "loop.jpg": "Too many levels of symbolic links"}.items():
+        with pytest.raises(ImageError, match=reason):
+            load_image(tmp_path / name)

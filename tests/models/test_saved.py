@@ -15,6 +15,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     load_denoiser,
     load_eyes,
     load_reward,
+    same_eyes,
     save_denoiser,
     save_eyes,
     save_reward,
@@ -78,6 +79,19 @@ def test_a_reward_model_comes_back_with_its_scores(eyes: Eyes, tmp_path: Path, r
     torch.testing.assert_close(back.score(*asked), reward.score(*asked))
     assert checkpoint.load(tmp_path / "reward.pt", "reward")["facts"] == {"accuracy": 0.7}
     assert not back.training and not any(p.requires_grad for p in back.parameters())
+
+
+def test_eyes_are_the_same_if_they_see_and_spell_alike(eyes: Eyes, tmp_path: Path) -> None:
+    save_eyes(tmp_path / "eyes.pt", eyes, {})
+    assert same_eyes(load_eyes(tmp_path / "eyes.pt"), eyes)
+    longer = replace(CONFIG, data=replace(CONFIG.data, max_words=7))
+    for other in (
+        replace(eyes, tokenizer=build_tokenizer(["a red dog", "the blue cow"], 1)),
+        replace(eyes, vision=build_vision(CONFIG.vision)),
+        replace(eyes, alignment=build_alignment(CONFIG, eyes.tokenizer, eyes.vision.width)),
+        replace(eyes, config=longer, alignment=build_alignment(longer, eyes.tokenizer, eyes.vision.width)),
+    ):
+        assert not same_eyes(other, eyes)
 
 
 def test_weights_of_another_shape_are_one_clear_line(eyes: Eyes, tmp_path: Path) -> None:

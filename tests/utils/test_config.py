@@ -237,7 +237,7 @@ def test_what_must_be_there_at_least_once(override):
         ("rlhf.clip=0.0", "must be positive"),
         ("base.dropout=1.0", "must be in [0, 1)"),
         ("alignment.dropout=-0.1", "must be in [0, 1)"),
-        ("base.left_to_right=1.5", "must be in [0, 1)"),
+        ("base.left_to_right=1.5", "must be in [0, 1]"),
         ("base.image_dropout=1.0", "must be in [0, 1)"),
         ("sampler.steps=10001", "must be at most 10000; a token takes no more than one"),
         ("rlhf.steps=10001", "must be at most 10000; a token takes no more than one"),

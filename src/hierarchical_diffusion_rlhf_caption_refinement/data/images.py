@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import io
+import os
 import time
 import urllib.error
 import urllib.parse
@@ -118,9 +119,18 @@ def fetch_image(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYT
 
 
 def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """Image files of a folder by suffix, sorted; hidden ones are left out. Raises ImageError if there is no such folder."""
-    folder = Path(folder)
+    """Image files of a folder by suffix, sorted; hidden ones are left out, a folder in it that cannot be read stands for its images.
+
+    Raises ImageError if there is no such folder.
+    """
+    folder, closed = Path(folder), list[OSError]()
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder")
-    paths = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    tree = (Path(root, name) for root, _, names in os.walk(folder, onerror=closed.append) for name in names)
+    images = [p for p in (tree if recursive else folder.iterdir()) if is_image(p) and not p.name.startswith(".")]
+    return sorted([*images, *(Path(error.filename) for error in closed)])
+
+
+def is_image(path: Path) -> bool:
+    """By its name; a link to nowhere is one, too, so that it is missed."""
+    return path.suffix.lower() in SUFFIXES and (os.path.isfile(path) or not os.path.exists(path))

@@ -13,7 +13,7 @@ from ..data.sources import load_examples
 from ..data.text import pad, words_and_owners
 from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
-from ..models.saved import FILES, Kind, find_reward, load_denoiser, load_reward
+from ..models.saved import FILES, Kind, OtherEyesError, load_denoiser, reward_beside
 from ..models.shaping import HierarchicalRewardShaper, log_odds
 from ..utils.config import Config
 from ..utils.seeding import usable_device
@@ -56,14 +56,22 @@ class Evaluation:
     """Of the captioner."""
 
 
-def evaluate_checkpoint(path: Path, kind: Kind, config: Config, cache: Path) -> Evaluation:
-    """Captions of the test split and what they are worth, by this config's data and sampler. Raises CheckpointError."""
+def evaluate_checkpoint(path: Path, kind: Kind, config: Config, cache: Path, strict: bool = True) -> Evaluation:
+    """Captions of the test split and what they are worth, by this config's data and sampler.
+
+    Raises CheckpointError; of a reward model of other eyes only where `strict`: amid a run's stages it may be left from the time before.
+    """
     eyes, model = load_denoiser(path, kind)
     device = usable_device()
+    try:
+        beside = reward_beside(path, eyes, words_and_owners(eyes.tokenizer))
+    except OtherEyesError:
+        if strict:
+            raise
+        beside = None
+    reward = beside and beside[1].to(device)
     eyes, model = eyes.to(device), model.to(device)
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
-    beside = find_reward(path, eyes.config)
-    reward = load_reward(beside, words_and_owners(eyes.tokenizer)).to(device) if beside else None
     rows = list(range(len(corpus)))
     written = write_captions(model, corpus, rows, config.sampler, config.seed, reward, eyes.alignment)
     found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)
@@ -103,7 +111,9 @@ def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Pat
     paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
     if not paths["base"].exists():
         paths["base"] = config.models / FILES["base"]
-    found: dict[str, Evaluation] = {k: evaluate_checkpoint(path, k, config, cache) for k, path in paths.items() if path.exists()}
+    found: dict[str, Evaluation] = {
+        k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if path.exists()
+    }
     summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
     summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}
     summary["parameters"] = {kind: e.parameters for kind, e in found.items()}

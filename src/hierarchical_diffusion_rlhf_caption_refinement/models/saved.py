@@ -28,6 +28,10 @@ FILES: dict[Stage, str] = {
 }
 
 
+class OtherEyesError(CheckpointError):
+    """A reward model that cannot judge the captioner beside it."""
+
+
 @dataclass(frozen=True)
 class Eyes:
     """The frozen part that sees: image encoder, tokenizer, and the alignment model on top of them."""
@@ -170,10 +174,27 @@ def load_reward(path: Path, words: Words) -> RewardModel:
     return reward_from(eyes_from(payload, path), words, payload, path)
 
 
-def find_reward(captioner: Path, config: Config) -> Path | None:
-    """The reward model beside a captioner, else the one that its run built on."""
-    folders = [captioner.parent, *([Path(config.start_from)] if config.start_from else [])]
-    return next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
+def same_eyes(one: Eyes, other: Eyes) -> bool:
+    """Whether they see alike and spell alike."""
+    a, b = ((e.tokenizer.get_vocab(), e.vision.fingerprint(), e.config.alignment.pretrained, e.config.data.max_words) for e in (one, other))
+    mine, theirs = (eyes_payload(eyes)["alignment"] for eyes in (one, other))
+    return a == b and mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def reward_beside(captioner: Path, eyes: Eyes, words: Words) -> tuple[Path, RewardModel] | None:
+    """The reward model beside a captioner, else the one that its run built on, and its file.
+
+    Raises OtherEyesError if its eyes are not the captioner's: what it would make of its captions means nothing.
+    """
+    folders = [captioner.parent, *([Path(eyes.config.start_from)] if eyes.config.start_from else [])]
+    path = next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
+    if path is None:
+        return None
+    payload = checkpoint.load(path, "reward")
+    its = eyes_from(payload, path)
+    if not same_eyes(its, eyes):
+        raise OtherEyesError(f"{path}: its eyes or its vocabulary are not those of {captioner}; train the older one anew, or move it away")
+    return path, reward_from(its, words, payload, path)
 
 
 def load_weights(model: nn.Module | PretrainedVision, state: dict[str, Any], path: Path) -> None:

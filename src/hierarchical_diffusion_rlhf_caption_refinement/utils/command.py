@@ -11,20 +11,22 @@ from .interrupt import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """In the package, a link to the repository's."""
+AGAIN, ANEW = "the same command goes on from there", "the same command starts over"
+"""What an interrupted command does the next time."""
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Turn what can go wrong into one line on stderr and an exit code."""
+def guarded(command: Callable[[], int], interrupted: str) -> int:
+    """Turn what can go wrong into one line on stderr and an exit code; `interrupted`: what Ctrl-C leaves."""
     try:
         return command()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        print(f"{stopped}\ncontinue with the same command and --resume", file=sys.stderr)
+        print(f"{stopped}\n{interrupted}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, --resume continues from there", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if os.environ.get("CAPREFINE_DEBUG"):

@@ -217,7 +217,8 @@ class BaseConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "width layers heads")
-        self._shares("dropout left_to_right image_dropout")
+        self._shares("dropout image_dropout")
+        _require(0 <= self.left_to_right <= 1, f"base.left_to_right={self.left_to_right}: must be in [0, 1]")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
