@@ -258,7 +258,7 @@ def test_every_table_says_the_same(run):
     assert failure == {"image": "x/val2014/broken_77.png", "error": "x/val2014/broken_77.png: not an image"}
 
 
-STAYS = "is there already, and predict did not write it (it has no log beside it); remove or rename it"
+STAYS = "is there already, and predict did not write it (it has no log beside it): name another file, or move this one away"
 READ = "is to be read, so it cannot be written; --output names another file"
 
 

@@ -104,7 +104,9 @@ def check_table(path: Path, read: Iterable[str | Path]) -> None:
     if any(os.path.exists(file) and path.samefile(file) for file in read):
         raise ConfigError(f"{path}: is to be read, so it cannot be written; --output names another file")
     if not (path.is_file() and path.stat().st_size == 0) and not logs_of(path):
-        raise ConfigError(f"{path}: is there already, and predict did not write it (it has no log beside it); remove or rename it")
+        raise ConfigError(
+            f"{path}: is there already, and predict did not write it (it has no log beside it): name another file, or move this one away"
+        )
 
 
 def logs_of(path: Path) -> list[Path]:
