@@ -184,7 +184,7 @@ def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys):
     Path("ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.train(["--config", str(SMOKE), "--stage", "reward", "data.comparisons=ties.jsonl"]) == 1
     assert capsys.readouterr().err == (
-        "error: ties.jsonl: nobody preferred a caption to another in what would be for train, val, test: all ties\n"
+        "error: ties.jsonl: nobody preferred a caption to another in what would be for train, val: all ties\n"
     )
 
 

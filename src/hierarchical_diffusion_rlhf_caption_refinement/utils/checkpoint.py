@@ -35,7 +35,7 @@ def save(path: str | Path, kind: str, payload: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, "kind": kind, "payload": payload}, file)
+            torch.save({"format": FORMAT, "kind": kind, "payload": dict(payload)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
