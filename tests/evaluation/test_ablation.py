@@ -10,6 +10,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.ablation import (
     alarmed,
     budget_share,
     captions_until,
+    comparable,
     difference_over_seeds,
     kept_row,
     nested_bootstrap,
@@ -52,6 +53,12 @@ def test_differences_are_paired_by_seed_and_scene():
     found = paired_difference(arm, base)
     assert found and (found.value, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05))
     assert paired_difference(arm[2:], base) is None
+
+
+def test_curves_are_of_the_same_seeds():
+    base = [record("a", s, [0.1], np.ones(3)) for s in (0, 1)]
+    arms = {"a": base, "b": [record("b", s, [0.1], np.ones(3)) for s in (0, 1, 2)], "c": [record("c", 1, [0.1], np.ones(3))]}
+    assert list(comparable(arms, base)) == ["a", "b"]
 
 
 def test_differences_over_seeds_are_students():

@@ -199,6 +199,12 @@ def pictures(folder: Path, regime: str, arms: dict[str, Arm]) -> list[Path]:
     return paths
 
 
+def comparable(arms: dict[str, Arm], baseline: Arm) -> dict[str, Arm]:
+    """The arms whose curves can be laid over the baseline's: seeds differ by more than arms do, so they must have all of its seeds."""
+    seeds = {r["seed"] for r in baseline}
+    return {name: arm for name, arm in arms.items() if {r["seed"] for r in arm} >= seeds}
+
+
 def section(grid: Grid, folder: Path, regime: str, records: list[Record]) -> str:
     """One regime: its table and pictures."""
     arms = {arm: [r for r in records if (r["regime"], r["arm"]) == (regime, arm) and "error" not in r] for arm in grid.arms}
@@ -208,7 +214,7 @@ def section(grid: Grid, folder: Path, regime: str, records: list[Record]) -> str
     baseline = arms[grid.baseline]
     lines = [line(name, arm, baseline, f"--only '{regime}/{name}/*'") for name, arm in arms.items()]
     accuracy = np.mean([r["reward_accuracy"]["value"] for r in baseline])
-    shown = "\n\n".join(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in pictures(folder, regime, arms))
+    shown = "\n\n".join(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in pictures(folder, regime, comparable(arms, baseline)))
     set_ = ", ".join(f"`{s}`" for s in spelled(grid.settings | grid.regimes[regime])) or "as configured"
     known = f"The baseline's reward model is right on {accuracy:.3f} of held-out choices."
     return f"## {regime}\n\nSettings of all arms: {set_}. {known}\n\n{table(COLUMNS, lines)}\n\n{shown}\n"
@@ -244,6 +250,6 @@ with few seeds they are too narrow: *t over seeds* is the difference's by Studen
 of all that the baseline sampled; median over seeds. *Minutes* are the updates', without the evaluation. *Last*: the same utility after the
 last epoch; *last / peak*: over its highest; *collapsed* counts seeds below .95. *KL* is in nats per caption. *Alarms* counts seeds with one
 in any epoch, *stopped* those that a guard ended.
-Bands in the pictures are two standard errors over seeds.
+The pictures show the arms that have all of the baseline's seeds; bands are two standard errors over seeds.
 
 {parts}"""
