@@ -160,17 +160,17 @@ class Pipeline:
     def judgements(self, base: DiffusionCaptionModel) -> Judgements:
         """People's where there are some, else the simulated raters'."""
         config, data = self.run.config, self.run.config.data
-        path = data.ratings or data.comparisons or "data.source=scenes"
+        source = data.ratings or data.comparisons or "data.source=scenes"
         if data.ratings:
-            found, source = rated(config, base, self.corpora["test"]), f"{data.ratings}: no two captions to compare of the test images"
+            found, none = rated(config, base, self.corpora["test"]), "no two captions to compare of the test images"
         elif data.comparisons:
-            found, source = recorded(config, base, self.corpora), f"{data.comparisons}: no comparison of the data set's images"
+            found, none = recorded(config, base, self.corpora), "no comparison of the data set's images"
         else:
-            found, source = simulated(config, base, self.corpora), "data.source=scenes: no two captions to compare of the scenes"
+            found, none = simulated(config, base, self.corpora), "no two captions to compare of the scenes"
         if few := [name for name in ("train", "val", "test") if not len(getattr(found, name))]:
-            raise ValueError(f"{source} that would be for {', '.join(few)}")
+            raise ValueError(f"{source}: {none} that would be for {', '.join(few)}")
         if tied := [name for name in ("train", "val") if not (getattr(found, name).label < 2).any()]:
-            raise ValueError(f"{path}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
+            raise ValueError(f"{source}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
         return found
 
     def centre(self, reward: RewardModel) -> None:
