@@ -80,7 +80,7 @@ class Bidirectional(DiffusionCaptionModel):
         return torch.cat([self._loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
-        valid, memory = valid_positions(batch.length, batch.x0.shape[1]), self.read_image(batch.image, batch.seen)
+        valid, memory = valid_positions(batch.length, batch.x0.shape[1]), self.read_image(batch.image, batch.seen, batch.kept)
         count = 1 + (torch.rand(len(batch.x0)) * batch.length).long()
         masked = select(torch.rand(batch.x0.shape), valid, count)
         logits = self.states(batch.x0, masked, batch.length, memory)
@@ -124,7 +124,7 @@ class Autoregressive(DiffusionCaptionModel):
     def _loss(self, batch: CaptionBatch) -> Tensor:
         target = F.pad(batch.x0 * valid_positions(batch.length, batch.x0.shape[1]), (0, 1), value=END)
         counted = valid_positions(batch.length + 1, target.shape[1]) & self.allowed[target]
-        logits = self.next_logits(batch.x0, self.read_image(batch.image, batch.seen))
+        logits = self.next_logits(batch.x0, self.read_image(batch.image, batch.seen, batch.kept))
         nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).nan_to_num(posinf=0.0)
         return (nll * counted).sum(1) / counted.sum(1)
 

@@ -36,6 +36,39 @@ def test_images_are_withheld_as_often_as_asked(world: Any) -> None:
     assert caption_batch(world.corpora["train"], [0] * 50, slice(None), config, generator(0, "x"), drop_images=False).seen.all()
 
 
+def test_a_training_caption_sees_as_many_image_tokens_as_asked_and_always_the_last(world: Any) -> None:
+    corpus, rows = world.corpora["train"], list(range(24)) * 10
+    tokens = corpus.tokens.shape[1]
+    config = replace(world.config.base, patch_dropout=0.5)
+    batch = caption_batch(corpus, rows, slice(None), config, generator(0, "x"))
+    assert batch.kept is not None and batch.kept.shape == (240, 1 + round((tokens - 1) / 2))
+    assert (batch.kept[:, -1] == tokens - 1).all() and all(len(set(row)) == len(row) for row in batch.kept.tolist())
+    often = batch.kept[:, :-1].flatten().bincount(minlength=tokens) / len(rows)
+    torch.testing.assert_close(often[:-1], torch.full((tokens - 1,), 0.5), atol=0.15, rtol=0)
+    plain = caption_batch(corpus, rows, slice(None), world.config.base, generator(0, "x"))
+    assert plain.kept is None
+    assert all(getattr(batch, name).equal(getattr(plain, name)) for name in ("x0", "step", "length", "image", "seen"))
+    part = caption_batch(corpus, rows, slice(120, 240), config, generator(0, "x"))
+    assert part.kept is not None and part.kept.equal(batch.kept[120:]) and part.rows(torch.tensor([3])).kept.equal(batch.kept[[123]])
+    assert caption_batch(corpus, rows, slice(None), config, generator(0, "x"), drop_images=False).kept is None
+
+
+def test_tokens_that_are_not_kept_have_no_say(world: Any) -> None:
+    model = world.denoiser()
+    batch = caption_batch(world.corpora["train"], [0, 1, 2], slice(None), replace(world.config.base, patch_dropout=0.5), generator(0, "x"))
+    nll = caption_loss(model, batch, model.allowed)[0]
+    assert batch.kept is not None
+    hidden = torch.ones(batch.image.shape[:2], dtype=torch.bool).scatter(1, batch.kept, False)
+    changed, read = batch.image.clone(), batch.image.clone()
+    changed[hidden], read[~hidden] = 7.0, 7.0
+    torch.testing.assert_close(caption_loss(model, replace(batch, image=changed), model.allowed)[0], nll)
+    assert not torch.allclose(caption_loss(model, replace(batch, image=read), model.allowed)[0], nll)
+    torch.testing.assert_close(
+        caption_loss(model, replace(batch, kept=torch.arange(batch.image.shape[1]).expand(3, -1)), model.allowed)[0],
+        caption_loss(model, replace(batch, kept=None), model.allowed)[0],
+    )
+
+
 def test_half_of_the_images_are_mirrored_where_there_are_mirrored_ones(world: Any) -> None:
     corpus = world.corpora["train"]
     both = replace(corpus, mirrored=corpus.tokens + np.float16(100))

@@ -79,11 +79,18 @@ class DiffusionCaptionModel(nn.Module):
         init_weights(self, layers)
         nn.init.normal_(self.mask, std=0.02)
 
-    def read_image(self, image: Float[Tensor, "N P F"], seen: Bool[Tensor, " N"] | None = None) -> ImageMemory:
-        """Keys, values and length logits, once per image; images with `seen` False become the learned empty image."""
+    def read_image(
+        self, image: Float[Tensor, "N P F"], seen: Bool[Tensor, " N"] | None = None, kept: Int[Tensor, "N K"] | None = None
+    ) -> ImageMemory:
+        """Keys, values and length logits, once per image; images with `seen` False become the learned empty image.
+
+        Of the image tokens only those at `kept` are read, if it is given.
+        """
         tokens = self.image_in(image.to(self.wte.weight.dtype)) + self.image_place
         if seen is not None:
             tokens = torch.where(seen[:, None, None], tokens, self.no_image)
+        if kept is not None:
+            tokens = tokens.take_along_dim(kept[..., None], 1)
         blocks: list[Block] = list(self.h)  # type: ignore[arg-type]
         return ImageMemory([b.crossattention.remember(tokens) for b in blocks], self.length_head(tokens.mean(1)).float())
 
@@ -117,9 +124,10 @@ class DiffusionCaptionModel(nn.Module):
         length: Int[Tensor, " B"],
         image: Float[Tensor, "N P F"],
         seen: Bool[Tensor, " N"] | None = None,
+        kept: Int[Tensor, "N K"] | None = None,
     ) -> Prediction:
         """Logits of token i given the image and every token j with `step[j] < step[i]`; captions of one image stand together."""
-        memory = self.read_image(image, seen)
+        memory = self.read_image(image, seen, kept)
         return Prediction(self.to_logits(self.streams(x0, step, length, memory)[-1]), memory.length_logits)
 
     def advance(

@@ -35,23 +35,38 @@ class CaptionBatch:
     image: Float[Tensor, "B P F"]
     seen: Bool[Tensor, " B"]
     """False where the image is withheld, to learn the unconditional model too."""
+    kept: Int[Tensor, "B K"] | None = None
+    """The image tokens that are read; None: all."""
 
     def rows(self, index: Int[Tensor, " G"]) -> "CaptionBatch":
         """Some of the captions, without the columns that are padding in all of them."""
-        longest = int(self.length[index].max())
-        return CaptionBatch(self.x0[index, :longest], self.step[index, :longest], self.length[index], self.image[index], self.seen[index])
+        longest, kept = int(self.length[index].max()), None if self.kept is None else self.kept[index]
+        return CaptionBatch(
+            self.x0[index, :longest], self.step[index, :longest], self.length[index], self.image[index], self.seen[index], kept
+        )
 
 
 def caption_batch(
     corpus: Corpus, rows: list[int], part: slice, config: BaseConfig, g: torch.Generator, drop_images: bool = True
 ) -> CaptionBatch:
-    """A random caption of each row, revealed at random; noise is drawn for the whole batch, then this process's part is taken."""
+    """A random caption of each row, revealed at random; noise is drawn for the whole batch, then this process's part is taken.
+
+    `drop_images` False withholds no image and no part of one.
+    """
     ids = shuffled_ids(corpus.captions, rows, g)
     x0, length = pad(ids, max(map(len, ids)))
     step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)
     seen = torch.rand(len(rows), generator=g) >= (config.image_dropout if drop_images else 0.0)
     mirror = None if corpus.mirrored is None else torch.rand(len(rows), generator=g)[part] < 0.5
-    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], mirror), seen[part])
+    kept = kept_tokens(len(rows), corpus.tokens.shape[1], config.patch_dropout, g)[part] if config.patch_dropout and drop_images else None
+    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], mirror), seen[part], kept)
+
+
+def kept_tokens(images: int, tokens: int, dropout: float, g: torch.Generator) -> Int[Tensor, "N K"]:
+    """A random choice of each image's tokens, and the last one, which is the pooled vector where there is one (Liu et al. 2022)."""
+    count = round((1 - dropout) * (tokens - 1))
+    chosen = torch.rand(images, tokens - 1, generator=g).argsort(1)[:, :count]
+    return torch.cat([chosen, torch.full((images, 1), tokens - 1)], 1)
 
 
 def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
@@ -67,7 +82,7 @@ def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tupl
 
 
 def _caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    prediction = model(batch.x0, batch.step, batch.length, batch.image, batch.seen)
+    prediction = model(batch.x0, batch.step, batch.length, batch.image, batch.seen, batch.kept)
     counted = valid_positions(batch.length, batch.x0.shape[1]) & allowed[batch.x0]
     length = F.cross_entropy(prediction.length_logits, batch.length - 1, reduction="none")
     return caption_nll(prediction.logits, batch.x0, counted), length

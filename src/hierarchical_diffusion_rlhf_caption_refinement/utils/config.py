@@ -210,6 +210,8 @@ class BaseConfig(Group):
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
+    patch_dropout: float = 0.0
+    """Share of an image's tokens that a training caption does not see, another choice each time; the pooled one always stays."""
     mirror: bool = False
     """Show every other training image mirrored: for captions that do not tell left from right."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
@@ -217,7 +219,7 @@ class BaseConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "width layers heads")
-        self._shares("dropout image_dropout")
+        self._shares("dropout image_dropout patch_dropout")
         _require(0 <= self.left_to_right <= 1, f"base.left_to_right={self.left_to_right}: must be in [0, 1]")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
