@@ -29,7 +29,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
     gold_summary,
     reference_scores,
     text_statistics,
-    with_mirrored,
+    with_looks,
     write_captions,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
@@ -258,8 +258,7 @@ def main() -> None:
     torch.set_num_threads(config.threads or 1)
     eyes = with_config(load_eyes(config.sources / FILES["alignment"]), config)
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
-    if config.base.mirror:
-        corpora["train"] = with_mirrored(corpora["train"], eyes, Path("cache"))
+    corpora["train"] = with_looks(corpora["train"], eyes, config.base, Path("cache"))
     torch.manual_seed(seed_of(config.seed, "base"))
     model = build(args.peer, eyes)
     decodings = plans(args.peer, config)

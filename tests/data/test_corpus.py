@@ -28,11 +28,11 @@ def test_images_come_as_float32_in_the_order_asked() -> None:
     assert len(c) == 3 and c.row_of == {"0": 0, "1": 1, "2": 2}
 
 
-def test_images_are_mirrored_where_asked_and_the_tokens_stay_as_they_are() -> None:
+def test_images_are_seen_as_asked_and_the_tokens_stay_as_they_are() -> None:
     c = corpus(("a",), ("a",), ("a",))
-    both = replace(c, mirrored=-c.tokens)
-    assert both.image([2, 0, 1], torch.tensor([True, False, True])).flatten().tolist() == [-4.0, -5.0, 0.0, 1.0, -2.0, -3.0]
-    assert both.image([2]).equal(c.image([2])) and both.tokens.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    other = replace(c, looks=(-c.tokens, 10 * c.tokens))
+    assert other.image([2, 0, 1], torch.tensor([1, 0, 2])).flatten().tolist() == [-4.0, -5.0, 0.0, 1.0, 20.0, 30.0]
+    assert other.image([2]).equal(c.image([2])) and other.tokens.flatten().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_captions_that_can_be_spelled_have_no_unknown_words() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, fetch_image, find_images, load_image
+from hierarchical_diffusion_rlhf_caption_refinement.data.images import CROPS, ImageError, fetch_image, find_images, load_image, look
 
 RED, GREY = (255, 0, 0), (128, 128, 128)
 
@@ -169,3 +169,14 @@ def test_links_to_nowhere_and_closed_folders_are_missed(tmp_path: Path, monkeypa
     for name, reason in {"gone.png": "no such file", "loop.jpg": "Too many levels of symbolic links"}.items():
         with pytest.raises(ImageError, match=reason):
             load_image(tmp_path / name)
+
+
+def test_looks_are_corners_and_the_middle_mirrored_first() -> None:
+    ramp = np.add.outer(np.arange(10), 20 * np.arange(10)).astype(np.uint8)  # the row, and 20 times the column
+    image = Image.fromarray(np.repeat(ramp[..., None], 3, -1))
+    assert look(image, None, False) is image and np.array_equal(look(image, None, True), np.asarray(image)[:, ::-1])
+    found = {place: np.asarray(look(image, place, False)) for place in CROPS}
+    assert all(crop.shape == (8, 8, 3) for crop in found.values())
+    assert [int(crop[0, 0, 0]) for crop in found.values()] == [0, 42, 40, 2, 21]
+    assert np.array_equal(look(image, (0.0, 0.0), True), np.asarray(image)[:8, 9:1:-1])
+    assert look(image.crop((0, 0, 1, 1)), (0.5, 0.5), False).size == (1, 1)

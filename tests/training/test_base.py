@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hierarchical_diffusion_rlhf_caption_refinement.data.images import CROPS, look
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import with_looks
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import HIDDEN
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch, caption_loss, train_base, validation_loss
@@ -69,16 +72,32 @@ def test_tokens_that_are_not_kept_have_no_say(world: Any) -> None:
     )
 
 
-def test_half_of_the_images_are_mirrored_where_there_are_mirrored_ones(world: Any) -> None:
+def test_images_are_seen_in_all_ways_equally_often(world: Any) -> None:
     corpus = world.corpora["train"]
-    both = replace(corpus, mirrored=corpus.tokens + np.float16(100))
-    rows = list(range(24)) * 10
-    plain, mixed = (caption_batch(c, rows, slice(None), world.config.base, generator(0)) for c in (corpus, both))
+    other = replace(corpus, looks=(corpus.tokens + np.float16(100), corpus.tokens + np.float16(200)))
+    rows = list(range(24)) * 20
+    plain, mixed = (caption_batch(c, rows, slice(None), world.config.base, generator(0)) for c in (corpus, other))
     assert mixed.x0.equal(plain.x0) and mixed.step.equal(plain.step) and mixed.seen.equal(plain.seen)
-    mirrored = (mixed.image - plain.image).mean((1, 2)) > 50
-    assert 80 < int(mirrored.sum()) < 160
-    part = caption_batch(both, rows, slice(120, 240), world.config.base, generator(0))
-    assert part.image.equal(mixed.image[120:])
+    looks = ((mixed.image - plain.image).mean((1, 2)) / 100).round().long().bincount()
+    torch.testing.assert_close(looks / len(rows), torch.full((3,), 1 / 3), atol=0.07, rtol=0)
+    part = caption_batch(other, rows, slice(120, 240), world.config.base, generator(0))
+    assert part.image.equal(mixed.image[120:240])
+
+
+def test_the_looks_are_the_encoder_s_of_the_mirrored_and_the_cropped_images(world: Any, tmp_path: Path) -> None:
+    corpus = replace(world.corpora["val"], examples=world.corpora["val"].examples[:3])
+    plain, crops, both = (
+        with_looks(corpus, world.eyes, replace(world.config.base, mirror=mirror, crops=crops), tmp_path).looks
+        for mirror, crops in ((False, 0), (False, 2), (True, 2))
+    )
+    expected = [(None, True), (CROPS[0], False), (CROPS[1], False), (CROPS[1], True)]
+    none, first, second, turned = (
+        world.eyes.vision.encode([look(example.image(), *how) for example in corpus.examples]).half().numpy() for how in expected
+    )
+    assert plain == () and len(crops) == 2 and len(both) == 3
+    for found, own in zip((*crops, *both), (first, second, none, first, turned), strict=True):
+        np.testing.assert_allclose(found, own, atol=2e-3)
+    assert not np.allclose(second, turned, atol=0.1)
 
 
 def test_the_loss_is_per_token_and_leaves_out_unknown_words(world: Any) -> None:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,18 +23,18 @@ class Corpus:
     """Image embeddings of the alignment model."""
     tokenizer: Tokenizer
     max_words: int
-    mirrored: np.ndarray | None = None
-    """The tokens of the mirrored images, for training that wants them."""
+    looks: tuple[np.ndarray, ...] = ()
+    """The tokens of the images seen otherwise (mirrored, cropped), for training that wants them."""
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def image(self, rows: Sequence[int], mirror: Bool[Tensor, " B"] | None = None) -> Float[Tensor, "B P D"]:
-        """Tokens of these images, mirrored where `mirror` says so."""
+    def image(self, rows: Sequence[int], look: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B P D"]:
+        """Tokens of these images; `look` 0 is the image itself, k the k-th of `looks`."""
         tokens = self.tokens[list(rows)]
-        if self.mirrored is not None and mirror is not None:
-            other = mirror.nonzero().flatten().tolist()
-            tokens[other] = self.mirrored[[rows[i] for i in other]]
+        for i, k in enumerate([] if look is None else look.tolist()):
+            if k:
+                tokens[i] = self.looks[k - 1][rows[i]]
         return torch.from_numpy(tokens.astype(np.float32))
 
     @cached_property

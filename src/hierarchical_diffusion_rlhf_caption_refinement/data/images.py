@@ -29,6 +29,12 @@ _REASONS: dict[type[Exception], str] = {
 }
 
 
+CROPS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
+"""Where in the image its crops lie, of the way from left to right and from top to bottom: the corners, then the middle."""
+CROP = 0.8
+"""A crop's sides, in those of the image."""
+
+
 class ImageError(ValueError):
     """An image that cannot be read; the message is one line with its name and the reason."""
 
@@ -50,6 +56,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def look(image: Image.Image, place: tuple[float, float] | None, mirrored: bool) -> Image.Image:
+    """The image, mirrored if asked, and then CROP of its sides at a place of CROPS, if there is one."""
+    image = ImageOps.mirror(image) if mirrored else image
+    if place is None:
+        return image
+    width, height = (max(round(CROP * side), 1) for side in image.size)
+    left, top = round(place[0] * (image.width - width)), round(place[1] * (image.height - height))
+    return image.crop((left, top, left + width, top + height))
 
 
 def _decode(file: Path | io.BytesIO) -> Image.Image:

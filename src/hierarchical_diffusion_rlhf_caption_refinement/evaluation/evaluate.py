@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.corpus import Corpus
 from ..data.features import load_features
+from ..data.images import CROPS, look
 from ..data.scenes import check
 from ..data.sources import Example
 from ..data.text import decode_rows
@@ -25,7 +25,7 @@ from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import RewardModel
 from ..models.sampler import Trajectory, noise_for
 from ..models.saved import Eyes
-from ..utils.config import SamplerConfig
+from ..utils.config import BaseConfig, SamplerConfig
 from . import metrics
 
 QUALITIES = ("accuracy", "specificity", "fluency", "utility")
@@ -232,15 +232,20 @@ def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
     return Corpus(examples, tokens, joint, eyes.tokenizer, eyes.config.data.max_words)
 
 
-def with_mirrored(corpus: Corpus, eyes: Eyes, cache: Path) -> Corpus:
-    """The corpus with the tokens of its mirrored images, too."""
-    tokens = load_features(
-        corpus.examples,
-        lambda images: eyes.vision.encode([ImageOps.mirror(image) for image in images]),
-        f"{eyes.vision.fingerprint()} mirrored",
-        cache,
-    )
-    return replace(corpus, mirrored=tokens)
+def with_looks(corpus: Corpus, eyes: Eyes, config: BaseConfig, cache: Path) -> Corpus:
+    """The corpus with the tokens of its images seen as `config.mirror` and `config.crops` say, too."""
+
+    def seen(place: tuple[float, float] | None, mirrored: bool) -> np.ndarray:
+        name = " ".join(["mirrored"] * mirrored + [f"crop {place}"] * (place is not None))
+        return load_features(
+            corpus.examples,
+            lambda images: eyes.vision.encode([look(image, place, mirrored) for image in images]),
+            f"{eyes.vision.fingerprint()} {name}",
+            cache,
+        )
+
+    crops = [seen(place, config.mirror and i % 2 == 1) for i, place in enumerate(CROPS[: config.crops])]
+    return replace(corpus, looks=(*([seen(None, True)] if config.mirror else []), *crops))
 
 
 def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:

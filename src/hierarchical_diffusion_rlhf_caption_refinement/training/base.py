@@ -57,9 +57,9 @@ def caption_batch(
     x0, length = pad(ids, max(map(len, ids)))
     step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)
     seen = torch.rand(len(rows), generator=g) >= (config.image_dropout if drop_images else 0.0)
-    mirror = None if corpus.mirrored is None else torch.rand(len(rows), generator=g)[part] < 0.5
+    look = torch.randint(1 + len(corpus.looks), (len(rows),), generator=g)[part] if corpus.looks else None
     kept = kept_tokens(len(rows), corpus.tokens.shape[1], config.patch_dropout, g)[part] if config.patch_dropout and drop_images else None
-    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], mirror), seen[part], kept)
+    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], look), seen[part], kept)
 
 
 def kept_tokens(images: int, tokens: int, dropout: float, g: torch.Generator) -> Int[Tensor, "N K"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.corpus import Corpus
 from ..data.sources import Example, load_examples
 from ..data.text import words_and_owners
-from ..evaluation.evaluate import agreement, build_corpus, preference, with_mirrored, write_captions
+from ..evaluation.evaluate import agreement, build_corpus, preference, with_looks, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
 from ..models.saved import FILES, Eyes, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
@@ -121,12 +121,11 @@ class Pipeline:
     def base(self) -> None:
         if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
-        train_base(self.run, self.eyes, self.with_mirrored_train())
+        train_base(self.run, self.eyes, self.with_training_looks())
 
-    def with_mirrored_train(self) -> dict[str, Corpus]:
-        """The splits, with the mirrored training images where the base model is to see them."""
-        mirror, train = self.run.config.base.mirror, self.corpora["train"]
-        return self.corpora | {"train": with_mirrored(train, self.eyes, self.run.cache) if mirror else train}
+    def with_training_looks(self) -> dict[str, Corpus]:
+        """The splits, with the training images seen in all the ways that the base model is to see them."""
+        return self.corpora | {"train": with_looks(self.corpora["train"], self.eyes, self.run.config.base, self.run.cache)}
 
     def load_captioner(self, path: Path) -> tuple[Eyes, DiffusionCaptionModel]:
         """A base or refined model, and the eyes with the shape that it was trained in. Raises ConfigError if its eyes are others."""
@@ -186,7 +185,7 @@ class Pipeline:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         config = self.run.config
         eyes, start = self.load_captioner(Path(config.rlhf.start) if config.rlhf.start else self.find("base"))
-        corpora = self.with_mirrored_train() if config.rlhf.method == "distil" else self.corpora
+        corpora = self.with_training_looks() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
             train = self.corpora["train"]
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)

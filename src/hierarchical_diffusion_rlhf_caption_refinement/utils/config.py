@@ -213,13 +213,16 @@ class BaseConfig(Group):
     patch_dropout: float = 0.0
     """Share of an image's tokens that a training caption does not see, another choice each time; the pooled one always stays."""
     mirror: bool = False
-    """Show every other training image mirrored: for captions that do not tell left from right."""
+    """Show training images mirrored as often as they are: for captions that do not tell left from right."""
+    crops: int = 0
+    """Show crops as often as the whole image, too: up to 4 of its corners, 5 its middle as well; with `mirror` every other one mirrored."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "width layers heads")
         self._shares("dropout image_dropout patch_dropout")
+        _require(0 <= self.crops <= 5, f"base.crops={self.crops}: must be from 0 to 5")
         _require(0 <= self.left_to_right <= 1, f"base.left_to_right={self.left_to_right}: must be in [0, 1]")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
