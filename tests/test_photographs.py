@@ -49,7 +49,7 @@ def collection(folder: Path, rated: int) -> None:
     config["data"] = {"source": "jsonl", "train": 0, "val": 0, "test": 0, "max_words": 12} | {k: str(folder / v) for k, v in names.items()}
     config["vision"] = {"backbone": str(folder / "backbone"), "width": 16}
     config["reward"] |= {"comparisons": 0, "curve": [5, 300], "repeats": 0.5}
-    config["base"]["mirror"] = True
+    config["base"] |= {"mirror": True, "crops": 1, "patch_dropout": 0.5}
     for stage in ("alignment", "base", "reward", "rlhf"):
         config[stage]["fit"] |= {"epochs": 1, "batch_size": 5}
     config["rlhf"]["fit"] |= {"epoch_size": 10}

@@ -239,6 +239,8 @@ def test_what_must_be_there_at_least_once(override):
         ("alignment.dropout=-0.1", "must be in [0, 1)"),
         ("base.left_to_right=1.5", "must be in [0, 1]"),
         ("base.image_dropout=1.0", "must be in [0, 1)"),
+        ("base.patch_dropout=1.0", "must be in [0, 1)"),
+        ("base.crops=6", "must be from 0 to 5"),
         ("sampler.steps=10001", "must be at most 10000; a token takes no more than one"),
         ("rlhf.steps=10001", "must be at most 10000; a token takes no more than one"),
         ("sampler.steps=99999999999999999999", "must be a finite number, and not beyond 1e+12"),

@@ -28,7 +28,6 @@ _REASONS: dict[type[Exception], str] = {
     IsADirectoryError: "a folder, not an image",
 }
 
-
 CROPS = ((0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
 """Where in the image its crops lie, of the way from left to right and from top to bottom: the corners, then the middle."""
 CROP = 0.8

@@ -211,7 +211,7 @@ class BaseConfig(Group):
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
     patch_dropout: float = 0.0
-    """Share of an image's tokens that a training caption does not see, another choice each time; the pooled one always stays."""
+    """Share of an image's tokens that a training caption does not see, drawn each time; the last (a frozen backbone's pooled one) stays."""
     mirror: bool = False
     """Show training images mirrored as often as they are: for captions that do not tell left from right."""
     crops: int = 0
