@@ -128,6 +128,7 @@ def test_the_networks_move_together(photographs, tmp_path):
 
 def test_loading_a_backbone_is_silent(photographs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # a caption's words in one line, however many
     checkpoint = photographs / "models/photographs/best_rlhf_model.pt"
     assert cli.predict(["--checkpoint", str(checkpoint), "--image-url", str(photographs / "collection/images/0.png")]) == 0
     found = capfd.readouterr()
