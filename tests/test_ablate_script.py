@@ -50,6 +50,11 @@ def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path
     assert ablate(command) == 0 and {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")} == before
     grid.write_text(GRID.replace("rlhf.fit.epochs: 1", "rlhf.fit.epochs: 1, shaping.fade: 0.7"))  # as a new default would do
     assert [job.name for job in to_do(read_grid(grid).jobs(), "few/*/0", Path("out"))] == ["few/sparse_only/0", "few/one_member/0"]
+    grid.write_text(GRID.replace("reward.comparisons: 60", "reward.comparisons: 40"))
+    assert ablate([*command, "--only", "few/sparse_only/0"]) == 0  # on a reward model of forty comparisons, not the old one with a new name
+    report = json.loads(Path("results/ablation/toy/few/reward/0/reward_report.json").read_text())
+    again = json.loads(Path("out/few/sparse_only/0.json").read_text())
+    assert report["comparisons"]["train"] == 40 == again["config"]["reward.comparisons"] and again["rows"] != records["sparse_only"]["rows"]
     grid.write_text(GRID)
     capsys.readouterr()
     assert ablate([str(grid), "--output", "out", "--report-only"]) == 0

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
+from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 
@@ -143,6 +147,8 @@ def test_a_resumed_stage_is_held_to_its_settings(copy, capsys):
     assert capsys.readouterr().err == (
         "error: models/smoke/last_base.pt: was trained with lr=0.003, now it is 0.5; remove it to start over\n"
     )
+    assert cli.train(["--config", str(SMOKE), "--resume", "base.left_to_right=0.9"]) == 1
+    assert "was trained with base.left_to_right=0.3, now it is 0.9; remove it" in capsys.readouterr().err
     assert cli.train(["--config", str(SMOKE), "--resume", "base.layers=3"]) == 1
     assert "models/smoke/last_base.pt: is of another model" in capsys.readouterr().err
 
@@ -196,6 +202,11 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     assert {"base", "rlhf"} <= set(found["gold"]) and "reward" in found["evaluation"]["rlhf"] and found["win_rate"]["value"] >= 0
     assert found["stages"]["rlhf"][-1]["alpha"] == 0
     assert not (smoke / "models/sparse").exists()
+    few = [*source, "reward.comparisons=40", "reward.curve=[]"]
+    assert cli.train(["--config", str(SMOKE), *few, "--stage", "reward"]) == 0
+    own = Pipeline(Run(load_config([SMOKE], few), Accelerator(cpu=True), RunLog(Path("results/sparse")), False, Path("cache")))
+    assert own.find("reward") == Path("models/sparse/best_reward_model.pt")  # what this run trained itself comes first
+    assert own.find("base") == smoke / "models/smoke/best_base_model.pt"
 
 
 def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
-from .utils.config import ConfigError, flat, to_plain
+from .utils.config import ConfigError
 from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
 
@@ -70,12 +70,12 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def done(job: Job, output: Path) -> bool:
-    """Whether an arm has its record, made with what is configured now, or a shared stage its time."""
+    """Whether an arm has its record, or a shared job the times of its stages, with what is configured now."""
     path = job.record(output) if job.arm else job.results / "stages.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not job.arm:
-        return set(job.stages) <= found.keys()
-    return bool(found) and "error" not in found and found.get("config", {}).items() <= flat(to_plain(job.config)).items()
+        return set(job.stages) <= found.keys() and not job.outdated()
+    return bool(found) and "error" not in found and found.get("config", {}).items() <= job.settings().items()
 
 
 def to_do(jobs: Sequence[Job], pattern: str, output: Path) -> list[Job]:

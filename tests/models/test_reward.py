@@ -4,7 +4,8 @@ from torch import Tensor
 
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import banned_ids, build_tokenizer, encode, pad, words_and_owners
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import AlignmentModel, text_scores
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
+from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel, reveal_mask
+from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import steps_from_left, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import (
     BLIND,
     BOUND,
@@ -137,6 +138,19 @@ def test_readers_start_at_zero_from_the_denoisers_last_blocks() -> None:
         assert torch.equal(own, theirs) and own is not theirs and own.requires_grad and not theirs.requires_grad
     x0, length = captions(fresh, TEXTS)
     assert not fresh.members(x0, length, *pictures(fresh, 4)).any()
+
+
+def test_readers_of_two_blocks_read_what_the_denoisers_last_two_do() -> None:
+    one = reward_model().evidence
+    denoiser, two = one.denoiser, Evidence(one.denoiser, one.alignment, one.words, 2)
+    x0, length = captions(reward_model(), TEXTS)
+    image, joint = pictures(reward_model(), len(TEXTS))
+    valid, place = valid_positions(length, 8), torch.arange(8).expand_as(x0)
+    embedded = denoiser.embed(denoiser.wte(x0), place, length)  # the denoiser has two blocks
+    mask = reveal_mask(steps_from_left(length, 8))[:, :8, :8]
+    after_one, _ = denoiser.h[0](embedded, mask, denoiser.read_image(image).layers[0])
+    torch.testing.assert_close(two.read(x0, length, image, joint)[1][valid], embedded[valid])
+    torch.testing.assert_close(one.read(x0, length, image, joint)[1][valid], after_one[valid])
 
 
 def test_what_the_reward_stands_on_is_frozen() -> None:

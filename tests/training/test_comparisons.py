@@ -1,5 +1,6 @@
+import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, Rating, append_comparisons, flip, to_trl
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
+    OWN_CAPTION,
+    Comparison,
+    Rating,
+    append_comparisons,
+    flip,
+    to_trl,
+)
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import check
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import write_captions
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.metrics import repeats, tokenize
@@ -17,6 +25,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import 
     drawn_pairs,
     fact_pairs,
     judged,
+    rated,
     rating_agreement,
     recorded,
     repeating,
@@ -53,10 +62,11 @@ def test_agreement_by_hand(world: Any) -> None:
     def rows(*choices: tuple[str, str]) -> list[Comparison]:
         return [comparison(i, c, a=f"a {'red ' * i}star") for i, pair in enumerate(choices) for c in pair]
 
-    corpus = world.corpora["val"]
-    assert agreement(to_pairs(rows(("a", "a"), ("b", "b"), ("a", "b"), ("a", "tie"), ("tie", "tie")), corpus)) == pytest.approx(2 / 3)
-    single = agreement(to_pairs([comparison(0, "a")], corpus))
-    assert single != single  # nan
+    corpus, asked = world.corpora["val"], [("a", "a"), ("b", "b"), ("a", "b"), ("a", "tie"), ("tie", "tie")]
+    assert agreement(to_pairs(rows(*asked * 10), corpus)) == pytest.approx(2 / 3)
+    twice = [replace(c, annotator="one and the same") for c in rows(*asked * 10)]
+    few = [agreement(to_pairs(found, corpus)) for found in ([comparison(0, "a")], rows(*asked * 6), twice)]
+    assert all(rate != rate for rate in few)  # nan: 18 decided pairs say little, somebody's second look nothing
 
 
 def test_drawn_pairs_differ_and_cover_the_images_first(world: Any) -> None:
@@ -115,7 +125,7 @@ def test_simulated_judgements_keep_images_apart(world: Any) -> None:
     assert len(found.train) == 15 and len(found.val) == 30 and len(found.test) == 30
     assert {found.train.corpus.examples[0].key[:5], found.val.corpus.examples[0].key[:3]} == {"train", "val"}
     assert found.test.corpus is world.corpora["test"] and found.facts is not None
-    assert 0 <= found.rater_agreement <= 1
+    assert found.rater_agreement != found.rater_agreement  # nan: fifteen pairs cannot tell
     again = simulated(config, world.denoiser(), world.corpora)
     assert again.train.comparisons == found.train.comparisons and torch.equal(again.test.label, found.test.label)
 
@@ -145,6 +155,19 @@ def test_rating_agreement_of_unanimous_and_of_guessing_raters() -> None:
     assert rating_agreement(too_few, 0) != rating_agreement(too_few, 0)
 
 
+def test_ratings_of_an_images_own_captions_say_nothing_of_how_far_raters_agree(world: Any, tmp_path: Path) -> None:
+    """All agree about own captions, nobody about the others."""
+    rng, own, others = random.Random(0), list[Rating](), list[Rating]()
+    for example in world.examples["test"]:
+        own += [Rating(example.key, f"a {n} star", (n, n, n), (0, 9), origin=OWN_CAPTION) for n in range(9)]
+        others += [Rating(example.key, f"a {n} cross", tuple(rng.sample(range(10), 3)), (0, 9)) for n in range(6)]
+    path = tmp_path / "ratings.jsonl"
+    path.write_text("".join(json.dumps(asdict(rating)) + "\n" for rating in own + others))
+    found = rated(replace(world.config, data=replace(world.config.data, ratings=str(path))), world.denoiser(), world.corpora["test"])
+    assert found.rater_agreement == rating_agreement(others, 0) == pytest.approx(0.5, abs=0.15) and rating_agreement(own + others, 0) > 0.7
+    assert {c.a.split()[-1] for c in found.train.comparisons} == {"cross"}
+
+
 def recordings(world: Any) -> list[Comparison]:
     """Two raters of a pair of every image of every split, the second with the sides exchanged; three of an image that is not there."""
     found = [comparison(0, "a", image="elsewhere")] * 3
@@ -165,6 +188,7 @@ def test_recorded_comparisons_are_of_images_of_any_split_and_split_by_image(worl
     assert min(map(len, images)) > 0 and len(images[0]) > 15 and "elsewhere" not in set().union(*images)
     assert {key.split("/")[0] for key in images[0]} == {"train", "val", "test"}
     assert found.facts is None and found.rater_agreement == 1
+    assert (order := [int(c.id.strip("'")) for c in found.train.comparisons]) != sorted(order)  # the first ones are of all ages
     for part in parts:  # every pair goes with its own image
         for row, c in zip(part.rows, part.comparisons, strict=True):
             split, index = c.image.split("/")

@@ -18,6 +18,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import (
     train_alignment,
 )
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
+from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import load
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import FitConfig, VisionConfig
 
 
@@ -51,7 +52,8 @@ def test_retrieval_is_the_same_in_chunks(world: Any) -> None:
     pixels, texts = to_pixels([e.image() for e in examples], 64), [e.captions[0] for e in examples]
     with torch.no_grad():
         whole, chunks = (retrieval(trainee, pixels.__getitem__, texts, chunk) for chunk in (200, 3))
-    assert whole == chunks and set(whole) == {"image_to_text_r1", "image_to_text_r10", "text_to_image_r1", "text_to_image_r10"}
+    names = {"image_to_text_r1", "image_to_text_r10", "text_to_image_r1", "text_to_image_r10", "text_to_image_mrr"}
+    assert whole == chunks and set(whole) == names
     assert whole["image_to_text_r10"] == 1  # eight candidates
 
 
@@ -61,6 +63,8 @@ def test_training_learns_to_find_images_and_leaves_frozen_eyes(world: Any, run_o
     eyes = train_alignment(run, world.examples)
     rows = run.log.rows("alignment")
     assert (run.config.models / FILES["alignment"]).exists() and rows[-1]["contrastive"] < rows[0]["contrastive"]
+    ranks, kept = [row["val_text_to_image_mrr"] for row in rows], load(run.config.models / FILES["alignment"], "alignment")["facts"]["row"]
+    assert kept["epoch"] == 1 + ranks.index(max(ranks)) and len(set(ranks)) > 1  # all of eight images are among the first ten
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["contrastive"] + rows[-1]["late"], rel=1e-4)
     assert eyes.vision.fingerprint() != world.eyes.vision.fingerprint()
     parameters = [*eyes.vision.parameters(), *eyes.alignment.parameters()]  # type: ignore[union-attr, attr-defined]

@@ -27,6 +27,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
     pair_nll,
     score_head,
     smoothing_from,
+    standard_error,
     targets,
     train_reward,
 )
@@ -110,9 +111,17 @@ def test_pairs_of_an_image_are_resampled_together() -> None:
     assert torch.equal(weights, member_weights(rows, 200, seed=0)) and not torch.equal(weights, member_weights(rows, 200, seed=1))
 
 
+def test_pairs_of_an_image_are_one_piece_of_evidence() -> None:
+    gain = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    alone = standard_error(gain, list(range(200)))
+    assert alone == pytest.approx(float(gain.std(correction=0)) / 200**0.5, rel=1e-4)
+    assert standard_error(gain.repeat(2), [*range(200), *range(200)]) == pytest.approx(alone, rel=1e-4)  # the same again: no surer
+
+
 def test_accuracy_and_loss_by_hand() -> None:
     margin, label = torch.tensor([2.0, -1.0, 3.0, -0.5]), torch.tensor([0, 0, 2, 1])
     assert decided_accuracy(margin, label).tolist() == [1, 0, 1]
+    assert decided_accuracy(torch.zeros(3), torch.tensor([0, 1, 2])).tolist() == [0.5, 0.5]  # wherever the preferred one stands
     tie = torch.tensor(0.3)
     expected = [-davidson_logits(m, tie).log_softmax(-1)[y] for m, y in zip(margin, label, strict=True)]
     torch.testing.assert_close(pair_nll(margin, label, tie), torch.stack(expected))

@@ -25,6 +25,10 @@ CROWD_MARGIN = 0.4
 """Yes/no ratings decide only above this difference in the share of yes: one answer of three is within the noise."""
 
 
+OWN_CAPTION = "human_same_image"
+"""Origin of a rated caption that is one of the image's own references."""
+
+
 class PreferenceError(ValueError):
     """Preferences that cannot be used; the message is one line, `file:line: reason`."""
 
@@ -64,7 +68,6 @@ class Rating:
     scale: tuple[Number, Number]
     source: str = ""
     origin: str = ""
-    """`human_same_image`: one of the image's own references."""
 
     @property
     def score(self) -> float:
@@ -105,7 +108,7 @@ def ratings_to_comparisons(ratings: Iterable[Rating], seed: int = 0, drop_own: b
     """
     groups: dict[tuple[str, str], list[Rating]] = defaultdict(list)
     for rating in ratings:
-        if not (drop_own and rating.origin == "human_same_image"):
+        if not (drop_own and rating.origin == OWN_CAPTION):
             groups[rating.source, rating.image].append(rating)
     return [c for (source, image), group in groups.items() for c in _pairs(group, f"{source}/{image}", seed, per_image)]
 

@@ -125,6 +125,12 @@ def recall_at(ranks_logits: Float[Tensor, "N B"], k: int) -> float:
     return float(((ranks_logits > own).sum(1) < k).float().mean())
 
 
+def mean_reciprocal_rank(ranks_logits: Float[Tensor, "N B"]) -> float:
+    """Mean of 1 / rank of every row's own column (the diagonal), 1 for the best."""
+    own = ranks_logits.diagonal()[:, None]
+    return float((1 / (1 + (ranks_logits > own).sum(1))).mean())
+
+
 def text_scores(alignment: Alignment, texts: Sequence[str], image: Float[Tensor, "B E"]) -> Float[Tensor, " B"]:
     """Cosine of each text with its image; a text that occurs several times is embedded once."""
     unique = list(dict.fromkeys(texts))

@@ -87,8 +87,10 @@ class Reader(nn.Module):
 class Evidence(nn.Module):
     """The frozen models that the reward stands on, and the features they give."""
 
-    def __init__(self, denoiser: DiffusionCaptionModel, alignment: Alignment, words: Words) -> None:
+    def __init__(self, denoiser: DiffusionCaptionModel, alignment: Alignment, words: Words, reader_layers: int = 1) -> None:
+        """`reader_layers`: blocks of the readers, which start from the denoiser's last ones and read what goes into these."""
         super().__init__()
+        self.reader_layers = min(reader_layers, len(denoiser.h))
         self.denoiser = denoiser.requires_grad_(False)
         self.alignment = alignment.requires_grad_(False) if isinstance(alignment, nn.Module) else alignment
         self.words = words
@@ -124,11 +126,11 @@ class Evidence(nn.Module):
         return torch.stack(features, 1), hidden, self.denoiser.image_in(image.to(hidden.dtype)) + self.denoiser.image_place
 
     def _surprise(self, x0: Tensor, step: Tensor, length: Tensor, image: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats of each token from left to right, the content stream's last states, and the length logits."""
+        """Nats of each token from left to right, the content stream's states for the readers, and the length logits."""
         memory = self.denoiser.read_image(image, seen)
         states = self.denoiser.streams(x0, step, length, memory)
         logp = self.denoiser.to_logits(states[-1]).log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
-        return logp.clamp(min=-20.0), states[-2][:, : x0.shape[1]], memory.length_logits
+        return logp.clamp(min=-20.0), states[-1 - self.reader_layers][:, : x0.shape[1]], memory.length_logits
 
 
 def _mean_and_worst(value: Float[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,8 @@ def reward_payload(reward: RewardModel) -> dict[str, Any]:
 
 def reward_from(eyes: Eyes, words: Words, payload: dict[str, Any], path: Path) -> RewardModel:
     """The frozen model that `reward_payload` describes; `path` is for the message of the CheckpointError."""
-    reward = RewardModel(Evidence(build_denoiser(eyes), eyes.alignment, words), **payload["shape"])
+    shape = payload["shape"]
+    reward = RewardModel(Evidence(build_denoiser(eyes), eyes.alignment, words, shape["reader_layers"] or 1), **shape)
     state = payload["model"]
     if isinstance(eyes.alignment, nn.Module):
         state |= {f"evidence.alignment.{name}": value for name, value in eyes.alignment.state_dict().items()}

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from ..utils.config import VisionConfig
 
-BATCH = 4
+BATCH = 2
 """Images per pass of a backbone on CPU: larger batches are slower, because their buffers are mapped anew at every layer."""
 GPU_BATCH = 64
 """On a GPU, small ones are."""
@@ -99,6 +99,7 @@ class PretrainedVision:
         except (OSError, ValueError, ImportError) as error:
             raise VisionError(f"{name}: not a usable vision backbone: {' '.join(str(error).split())[:300]}") from None
         self.model: Any = getattr(model, "vision_model", model).eval().requires_grad_(False)
+        self.model.to(memory_format=torch.channels_last)  # convolutions on CPU are a quarter faster
         missing = {key.removeprefix("vision_model.") for key in report["missing_keys"]} & set(self.model.state_dict())
         untrained = {key for key in missing if "pooler" in key}
         if missing != untrained:

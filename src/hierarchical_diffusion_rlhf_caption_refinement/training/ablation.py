@@ -7,7 +7,6 @@ from typing import Any
 
 from ..evaluation.summary import evaluate_checkpoint, win_rate
 from ..models.saved import FILES
-from ..utils.config import flat, to_plain
 from ..utils.files import write_json
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog
@@ -37,12 +36,17 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     if base_from and not job.needs and start.is_dir():
         take(start, config.models)
         write_json(config.results / "stages.json", dict.fromkeys(job.stages, 0.0))
+        write_json(job.kept_settings, job.settings())
         return
     set_threads(config.threads)
     if job.needs and not config.start_from:
         take(Path("models/ablation") / grid.name / job.needs[-1], config.models)
     log = RunLog(config.results)
     pipeline = Pipeline(Run(config, start_accelerator(config), log, True, CACHE))
+    if job.outdated():  # what other settings trained is not gone on with, nor taken for finished
+        for path in (path for stage in job.stages for path in (config.models / FILES[stage], pipeline.run.last(stage))):
+            path.unlink(missing_ok=True)
+    write_json(job.kept_settings, job.settings())
     pipeline.train(job.stages)
     if job.arm:
         write_json(job.record(output), record(grid, job, log, pipeline.times()), indent=None)
@@ -69,5 +73,5 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
         "captions_per_update": config.rlhf.fit.batch_size * config.rlhf.group,
         "seconds": seconds, "rows": rows, "reward_accuracy": accuracy, "test": means, "test_reward": refined.metrics["reward"]["value"],
         "win_rate": win_rate(refined, base), "base_utility": base.gold["utility"].round(4).tolist(),
-        "utility": refined.gold["utility"].round(4).tolist(), "config": flat(to_plain(config)),
+        "utility": refined.gold["utility"].round(4).tolist(), "config": job.settings(),
     }  # fmt: skip

@@ -20,13 +20,16 @@ from ..data.features import load_features
 from ..data.sources import Example
 from ..data.streams import batch_indices
 from ..data.text import banned_ids, build_tokenizer, load_tokenizer, pad
-from ..models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, recall_at
+from ..models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, mean_reciprocal_rank, recall_at
 from ..models.saved import FILES, Eyes, build_alignment, load_eyes, save_eyes
 from ..models.vision import PatchEncoder, PretrainedVision, build_vision, to_pixels
+from ..utils.config import settings_of
 from ..utils.seeding import generator, seed_of
 from .engine import Row
 from .run import Run
 
+FEW_IMAGES = 100
+"""Validation images fewer than these choose the weights by mean reciprocal rank: among ten, all are among the first ten."""
 PCA_IMAGES = 1000
 """Training images that the projection of a frozen backbone is fitted on."""
 
@@ -107,7 +110,9 @@ def retrieval(trainee: AlignmentTrainee, images: Callable[[slice], Tensor], capt
     i = torch.cat([trainee.alignment.embed_images(encode(images(part))) for part in parts])
     logits = i @ trainee.alignment.embed_texts(captions).T
     named = {"image_to_text": logits, "text_to_image": logits.T}
-    return {f"{name}_r{k}": recall_at(scores, k) for name, scores in named.items() for k in (1, 10)}
+    return {f"{name}_r{k}": recall_at(scores, k) for name, scores in named.items() for k in (1, 10)} | {
+        "text_to_image_mrr": mean_reciprocal_rank(logits.T)
+    }
 
 
 def shuffled_ids(captions: list[list[list[int]]], rows: list[int], generator: torch.Generator) -> list[list[int]]:
@@ -162,10 +167,11 @@ def fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dic
     def best(model: nn.Module, row: Row) -> None:
         save_eyes(path, eyes, {"row": row})
 
-    batches = run.batches("alignment", cfg, len(captions), make)
+    few = len(examples["val"]) < FEW_IMAGES
     run.fit(
-        "alignment", state, cfg, len(captions), batches, objective, evaluate=evaluate, better=("val_text_to_image_r10", "max"), best=best
-    )
+        "alignment", state, cfg, len(captions), run.batches("alignment", cfg, len(captions), make), objective, evaluate=evaluate,
+        better=(f"val_text_to_image_{'mrr' if few else 'r10'}", "max"), best=best, held=settings_of(run.config, "alignment"),
+    )  # fmt: skip
 
 
 def alignment_inputs(run: Run, eyes: Eyes, examples: list[Example]) -> np.ndarray:

@@ -15,7 +15,7 @@ from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.diffusion import caption_nll, training_steps, valid_positions
 from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
-from ..utils.config import BaseConfig, ConfigError
+from ..utils.config import BaseConfig, ConfigError, settings_of
 from ..utils.seeding import generator, seed_of
 from .alignment import shuffled_ids
 from .engine import Objective, Row, to_device
@@ -134,7 +134,7 @@ def train_base(run: Run, eyes: Eyes, corpora: dict[str, Corpus]) -> Path:
     batches = run.batches("base", config.base.fit, len(corpora["train"]), make)
     run.fit(
         "base", state, config.base.fit, len(corpora["train"]), batches, denoising(model.allowed),
-        evaluate=evaluate, better=("val_loss", "min"), best=best,
+        evaluate=evaluate, better=("val_loss", "min"), best=best, held=settings_of(config, "base"),
     )  # fmt: skip
     return path
 

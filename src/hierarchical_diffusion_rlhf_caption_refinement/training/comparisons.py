@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.annotators import panel
 from ..data.corpus import Corpus
 from ..data.preferences import (
+    OWN_CAPTION,
     Comparison,
     Rating,
     flip,
@@ -36,11 +37,14 @@ from ..utils.config import Config, SamplerConfig
 from ..utils.seeding import seed_of
 
 HELD_OUT_PAIRS, TEST_PAIRS, SWAPS = 400, 1400, 3
-"""Comparisons of scenes for choosing and calibrating, and for the report, each shown to two raters; facts swapped per test scene."""
+"""Comparisons of scenes for choosing and calibrating, and for the report, each shown to two raters (at most as many as for training or
+its learning curve); facts swapped per test scene."""
 SHARES = (0.6, 0.2, 0.2)
 """Shares of the images that people's judgements of are for training, for choosing, and for the report."""
 REPEAT_GROUP, REPEAT_TURNS = 4, 8
 """Captions drawn of an image in search of one that repeats itself and one that does not, and how many times at most."""
+FEW_PAIRS = 20
+"""Pairs that two people must have decided before how often they agree means anything."""
 LABELS = {"a": 0, "b": 1, "tie": 2, "both_bad": 2}
 PLANS = (SamplerConfig(steps=8, temperature=0.7), SamplerConfig(steps=8, temperature=0.2))
 """The two ways in which the captions of a pair are drawn. Both are close to what rollouts and readers will see: among hotter captions the
@@ -145,12 +149,16 @@ def fact_pairs(model: DiffusionCaptionModel, corpus: Corpus, config: Config, see
 
 
 def agreement(pairs: Pairs) -> float:
-    """Rate at which two raters of the same pair who both chose a side chose the same; nan without such pairs."""
-    by_pair: dict[tuple[str, str, str], list[int]] = {}
-    for c, label in zip(pairs.comparisons, pairs.label.tolist(), strict=True):
-        by_pair.setdefault((c.image, c.a, c.b), []).append(label)
-    decided = [labels[:2] for labels in by_pair.values() if len(labels) > 1 and max(labels[:2]) < 2]
-    return sum(x == y for x, y in decided) / len(decided) if decided else float("nan")
+    """Rate at which two raters of the same pair who both chose a side chose the same; nan where hardly a pair has two.
+
+    A rater without a name is taken for another one each time.
+    """
+    by_pair: dict[tuple[str, str, str], dict[str, int]] = {}
+    for i, (c, label) in enumerate(zip(pairs.comparisons, pairs.label.tolist(), strict=True)):
+        by_pair.setdefault((c.image, c.a, c.b), {}).setdefault(c.annotator or str(i), label)
+    first_two = [list(labels.values())[:2] for labels in by_pair.values() if len(labels) > 1]
+    decided = [labels for labels in first_two if max(labels) < 2]
+    return sum(x == y for x, y in decided) / len(decided) if len(decided) >= FEW_PAIRS else float("nan")
 
 
 def repeating(model: DiffusionCaptionModel, corpus: Corpus, keys: Iterable[str], config: Config, count: int) -> list[Comparison]:
@@ -188,10 +196,10 @@ def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Co
 
 
 def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
-    """Train, val and test by image, with captions that repeat themselves: among the others in train and val, apart for the report."""
+    """Train (shuffled), val and test by image; captions that repeat themselves are among those of train and val, apart for the report."""
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
     again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
-    learned = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0])) if again[0] else parts[0]
+    learned = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0]))
     train, val, test, twice = (to_pairs(part, corpus) for part in (learned, [*parts[1], *again[1]], parts[2], again[2]))
     return Judgements(train, val, test, None, float("nan"), twice)
 
@@ -200,7 +208,7 @@ def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgem
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
     ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
     found = split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config)
-    return replace(found, rater_agreement=rating_agreement(ratings, config.seed))
+    return replace(found, rater_agreement=rating_agreement([r for r in ratings if r.origin != OWN_CAPTION], config.seed))
 
 
 def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:

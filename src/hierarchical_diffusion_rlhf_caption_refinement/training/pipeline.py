@@ -59,8 +59,8 @@ class Pipeline:
         return {split: build_corpus(self.eyes, examples, self.run.cache) for split, examples in self.examples.items()}
 
     def find(self, kind: Stage) -> Path:
-        """The checkpoint of an earlier stage. Raises MissingStage."""
-        path = self.run.config.sources / FILES[kind]
+        """The checkpoint of an earlier stage, this run's own if it has been through it, else of `start_from`. Raises MissingStage."""
+        path = (self.run.config.models if self.complete(kind) else self.run.config.sources) / FILES[kind]
         if path.exists():
             return path
         if self.run.config.start_from:
@@ -138,7 +138,7 @@ class Pipeline:
     def reward(self) -> None:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
         (eyes, base), config = self.load_captioner(self.find("base")), self.run.config
-        evidence = Evidence(base, self.eyes.alignment, self.words).to(self.run.device)
+        evidence = Evidence(base, self.eyes.alignment, self.words, config.reward.reader_layers).to(self.run.device)
         found = self.judgements(base)
         smoothing = smoothing_from(found.rater_agreement)
         train, val = examine(evidence, found.train), examine(evidence, found.val)
@@ -151,7 +151,7 @@ class Pipeline:
             self.centre(model)
         reward.weak = Editor(base, self.eyes.tokenizer, reward).usual(self.corpora["val"])
         if self.run.main:
-            facts |= reward_report(reward, found, train, config.reward, config.seed)
+            facts |= reward_report(reward, found, train, len(used), config.reward, config.seed)
             write_json(config.results / "reward_report.json", facts)
             save_reward(config.models / JUDGE, eyes, judge, {"comparisons": len(val)})
             save_reward(config.models / FILES["reward"], eyes, reward, facts)
@@ -190,6 +190,6 @@ class Pipeline:
             train = self.corpora["train"]
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
-            paths = self.find("reward"), config.sources / JUDGE
-            reward, judge = (preference(load_reward(path, self.words).to(self.run.device)) for path in paths)
+            path = self.find("reward")
+            reward, judge = (preference(load_reward(p, self.words).to(self.run.device)) for p in (path, path.with_name(JUDGE)))
         train_rlhf(self.run, eyes, start, reward, judge, corpora, self.words)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..models.diffusion import valid_positions
 from ..models.reward import FEATURES, QUALITIES, Evidence, RewardModel, davidson_logits
-from ..utils.config import RewardConfig
+from ..utils.config import RewardConfig, settings_of
 from ..utils.seeding import generator, seed_of
 from .comparisons import Pairs
 from .engine import Row
@@ -142,9 +142,9 @@ def pair_nll(margin: Float[Tensor, " n"], label: Int[Tensor, " n"], tie: Tensor)
 
 
 def decided_accuracy(margin: Float[Tensor, " n"], label: Int[Tensor, " n"]) -> Float[Tensor, " m"]:
-    """1 or 0 for every pair on which the rater chose a side."""
+    """1 or 0 for every pair on which the rater chose a side, one half where the margin is 0."""
     sided = label < 2
-    return ((margin[sided] > 0) == (label[sided] == 0)).float()
+    return ((margin[sided] > 0) == (label[sided] == 0)).float().masked_fill(margin[sided] == 0, 0.5)
 
 
 def calibrate(reward: RewardModel, data: Examined) -> None:
@@ -172,11 +172,17 @@ def train_reward(run: Run, evidence: Evidence, train: Examined, val: Examined, s
     if config.reader:
         best = train_reader(run, reward, train, val, smoothing)
         gain = linear - held_out_losses(reward, val)
-        clear = float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain))
+        clear = float(gain.mean()) > 2 * standard_error(gain, val.pairs.rows)
         if not clear:
             reward.readers = nn.ModuleList()
         facts |= {"reader": clear, "reader_val_loss": best, "reader_gain": float(gain.mean())}
     return reward.eval().requires_grad_(False), facts
+
+
+def standard_error(values: Float[Tensor, " n"], images: list[int]) -> float:
+    """Of the mean, pairs of one image counted together: two raters' choices on a pair are not two pieces of evidence."""
+    sums = torch.zeros(max(images) + 1).index_add_(0, torch.tensor(images), values - values.mean())
+    return float(sums.square().sum().sqrt()) / len(values)
 
 
 def train_reader(run: Run, reward: RewardModel, train: Examined, val: Examined, smoothing: float) -> float | None:
@@ -202,6 +208,7 @@ def train_reader(run: Run, reward: RewardModel, train: Examined, val: Examined, 
     run.fit(
         "reward", state, config.fit, len(train), run.batches("reward", config.fit, len(train), rows_of), objective,
         evaluate=lambda model: score_head(cast(RewardModel, model), val), better=("val_loss", "min"), best=best,
+        held=settings_of(run.config, "reward"),
     )  # fmt: skip
     if state.extra["best_reader"]:
         reward.readers.load_state_dict(state.extra["best_reader"])

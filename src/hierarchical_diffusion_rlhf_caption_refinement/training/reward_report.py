@@ -80,22 +80,23 @@ def calibration(margin: Float[Tensor, " n"], pairs: Pairs) -> float:
     return metrics.expected_calibration_error(torch.sigmoid(margin[sided]).double().numpy(), (pairs.label[sided] == 0).double().numpy())
 
 
-def reward_report(reward: RewardModel, found: Judgements, train: Examined, config: RewardConfig, seed: int) -> dict[str, Any]:
-    """Every figure of the design's section on human preferences, on images the model never saw."""
+def reward_report(reward: RewardModel, found: Judgements, train: Examined, used: int, config: RewardConfig, seed: int) -> dict[str, Any]:
+    """Every figure of the design's section on human preferences, on images the model never saw; it and its baselines learned from the
+    first `used` of `train`."""
     test = examine(reward.evidence, found.test)
     margin = mean_margin(reward, test)
     shuffled = mean_margin(reward, examine(reward.evidence, found.test, generator(seed, "shuffled images")))
     accuracy = accuracy_row(margin, found.test)
-    ceiling = found.rater_agreement
+    ceiling, same = found.rater_agreement, head_of(train, used)
     report: dict[str, Any] = {
-        "comparisons": {"train": len(found.train), "val": len(found.val), "test": len(found.test)},
+        "comparisons": {"train": used, "val": len(found.val), "test": len(found.test)},
         "accuracy": accuracy,
         "rater_agreement": ceiling,
         "share_of_ceiling": accuracy["value"] / ceiling if ceiling > 0 else None,
         "above_ceiling": bool(accuracy["low"] > ceiling),
-        "length_only": feature_baseline(train, test, ("words", "words squared"), config.l2),
-        "text_only": feature_baseline(train, test, BLIND, config.l2),
-        "alignment_only": feature_baseline(train, test, ("alignment",), config.l2),
+        "length_only": feature_baseline(same, test, ("words", "words squared"), config.l2),
+        "text_only": feature_baseline(same, test, BLIND, config.l2),
+        "alignment_only": feature_baseline(same, test, ("alignment",), config.l2),
         "image_shuffled": accuracy_row(shuffled, found.test),
         "by_source": by_source(margin, found.test),
         "by_gap": by_gap(margin, found.test),

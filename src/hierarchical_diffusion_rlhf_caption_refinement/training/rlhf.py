@@ -6,7 +6,7 @@ Axes: N images, B = N x G captions, T caption length, K denoising steps, V vocab
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count, repeat
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from ..models.shaping import (
     dense_from_words,
     log_odds,
 )
-from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig
+from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig, settings_of
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, denoising, validation_loss
 from .distil import best_found, rewritten
@@ -377,7 +377,6 @@ def train_rlhf(
     run.fit(
         "rlhf", state, config.rlhf.fit, len(corpora["train"]), batches, objective, evaluate=evaluate,
         better=("val_judge_unalarmed", "max"), best=best, stop=stop, boundary=config.rlhf.inner_updates,
-        held={f"shaping.{name}": value for name, value in asdict(config.shaping).items()}
-        | {f"rlhf.{name}": getattr(config.rlhf, name) for name in ("method", "start")},
+        held=settings_of(config, "rlhf", "shaping"),
     )  # fmt: skip
     return path

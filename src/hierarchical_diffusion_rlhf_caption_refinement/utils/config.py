@@ -215,7 +215,7 @@ class BaseConfig(Group):
     mirror: bool = False
     """Show training images mirrored as often as they are: for captions that do not tell left from right."""
     crops: int = 0
-    """Show crops as often as the whole image, too: up to 4 of its corners, 5 its middle as well; with `mirror` every other one mirrored."""
+    """Crops of each training image, shown as often as the whole: up to 4 corners, 5 the middle, too; every other mirrored with `mirror`."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=18, batch_size=128, lr=2e-3, ema_decay=0.99))
 
     def __post_init__(self) -> None:
@@ -319,8 +319,8 @@ class RewardConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "members")
-        self._at_least(0, "comparisons pessimism reader_layers repeats")
+        self._at_least(1, "members reader_layers")
+        self._at_least(0, "comparisons pessimism repeats")
         _require(self.l2 > 0, f"reward.l2={self.l2}: must be positive")
         _require(min(self.curve, default=1) > 0, f"reward.curve={list(self.curve)}: must be positive numbers")
 
@@ -389,7 +389,7 @@ class RLHFConfig(Group):
     kl: float = 0.03
     """Weight of the exact KL to the frozen base model, per caption."""
     kl_target: float = 6.0
-    """Nats per caption at which the controller holds the KL by raising its weight; 0 keeps the weight fixed."""
+    """Nats per caption at which the controller holds the KL by raising its weight, which must not be 0; 0 keeps the weight fixed."""
     kl_stop: float = 20.0
     """Nats per caption, five updates running, at which training stops."""
     anchor: float = 0.0
@@ -403,6 +403,7 @@ class RLHFConfig(Group):
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")
         self._at_least(1, "steps inner_updates")
         self._at_least(0, "kl kl_target anchor")
+        _require(self.kl > 0 or not self.kl_target, "rlhf.kl=0: a weight of 0 cannot be raised to hold rlhf.kl_target; set that to 0, too")
         _require(self.steps <= MOST_STEPS, f"rlhf.steps={self.steps}: must be at most {MOST_STEPS}; a token takes no more than one")
         _require(self.clip > 0, f"rlhf.clip={self.clip}: must be positive")
         _require(
@@ -570,3 +571,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         plain = list(value) if isinstance(value, tuple) else value
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: plain}
     return found
+
+
+def settings_of(config: Config, *groups: str) -> dict[str, Any]:
+    """`group.key: value` of these groups without their `fit`, of which the engine keeps its own account."""
+    found = flat({name: value for name, value in to_plain(config).items() if name in groups})
+    return {key: value for key, value in found.items() if ".fit." not in key}

@@ -8,11 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError, Stage, load_config, read_yaml
+from .config import Config, ConfigError, Stage, flat, load_config, read_yaml, to_plain
 
 Settings = dict[str, Any]
 """`key.sub: value` of the config."""
 NAME = re.compile(r"[\w.+-]+")
+
+LATER: dict[Stage, tuple[str, ...]] = {"base": ("sampler", "reward", "shaping", "rlhf"), "reward": ("shaping", "rlhf"), "rlhf": ()}
+"""Groups of the config that matter only after a stage."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ class Job:
     @property
     def results(self) -> Path:
         return Path("results") / self.run
+
+    def settings(self) -> Settings:
+        """Those of its config's groups that its stages read."""
+        return {key: value for key, value in flat(to_plain(self.config)).items() if key.split(".")[0] not in LATER[self.stages[-1]]}
+
+    @property
+    def kept_settings(self) -> Path:
+        """What it was trained with."""
+        return self.results / "settings.json"
+
+    def outdated(self) -> bool:
+        """Whether it was trained with other settings than these."""
+        path = self.kept_settings
+        return path.exists() and not json.loads(path.read_text(encoding="utf-8")).items() <= self.settings().items()
 
     def record(self, output: Path) -> Path:
         """The file of an arm's record."""
