@@ -1,18 +1,21 @@
 """Does a judge who had no part in the training prefer the refined captions?
 
 The judge is an alignment model trained on the validation photographs alone, and a linear head on what it sees (and on the words: lengths,
-repetitions), fitted to the ratings of the photographs that the reward model kept for its report. Nothing of it was ever a reward, and it
-chose no checkpoint. It looks at the test photographs that it was not fitted to.
+repetitions), fitted to people's ratings of the photographs that the reward model kept for its report. Nothing of it was ever a reward, and
+it chose no checkpoint. It looks at the test photographs that it was not fitted to. Its seed is the reward model's: the same judge for every
+seed of RLHF.
 
     python benchmarks/held_out_judge.py --config configs/flickr8k.yaml --output docs/results/flickr8k/judge.json
 
-needs a finished run of that config, and is for data sets with human ratings; `--base sampler.steps=16` is for the base model alone.
+needs a finished run of that config, and is for data sets with human ratings. `--refined CHECKPOINT`, once or several times, are the models
+to be judged, `--against CHECKPOINT` what they are compared with instead of the base model, `--base sampler.steps=16` how that decodes.
 Axes: n pairs, F features.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,8 +36,8 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import (
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, Evidence
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     FILES,
-    Kind,
     build_alignment,
+    captioner_kind,
     load_denoiser,
     load_eyes,
     settings_from,
@@ -44,7 +47,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import 
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward import decided_accuracy, examine, fit_linear, targets
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, SamplerConfig, load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.files import write_json
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
 
@@ -57,13 +60,13 @@ CACHE, HELD_OUT = Path("cache"), 200
 """Feature cache; validation photographs that choose the judge's best epoch."""
 
 
-def other_eyes(config: Config, examples: list) -> tuple:
+def other_eyes(config: Config, examples: list, seed: int) -> tuple:
     """The run's eyes, and the same with an alignment model of the judge's own."""
     eyes = load_eyes(config.sources / FILES["alignment"])
-    own = replace(config, run=f"{config.run}_held_out_judge", start_from="")
+    own = replace(config, run=f"{config.run}_held_out_judge", start_from="", seed=seed)
     run = Run(own, Accelerator(cpu=True), RunLog(own.results), False, CACHE)
     run.config.models.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed + 1)
+    torch.manual_seed(seed + 1)
     other = replace(eyes, config=config, alignment=build_alignment(config, eyes.tokenizer, eyes.vision.width))
     path = run.config.models / FILES["alignment"]
     fit_alignment(run, other, other.alignment, {"train": examples[HELD_OUT:], "val": examples[:HELD_OUT]}, path)
@@ -94,46 +97,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--base", action="append", default=[], metavar="KEY=VALUE", help="how the base model decodes, if otherwise")
+    parser.add_argument("--refined", action="append", type=Path, metavar="CHECKPOINT", help="to be judged; without it the run's own")
+    parser.add_argument("--against", type=Path, metavar="CHECKPOINT", help="what these are compared with; without it the base model")
+    parser.add_argument("--base", action="append", default=[], metavar="KEY=VALUE", help="how that decodes, if otherwise")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
     torch.set_num_threads(config.threads or 1)
     examples = load_examples(config.data, config.seed)
-    eyes, other = other_eyes(config, examples["val"])
+    seed = split_seed(config)
+    eyes, other = other_eyes(config, examples["val"], seed)
     corpus, judged = (build_corpus(e, examples["test"], CACHE) for e in (eyes, other))
-    paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
-    models = {kind: load_denoiser(path, kind)[1].eval() for kind, path in paths.items()}
-    evidence = Evidence(models["base"], other.alignment, words_and_owners(eyes.tokenizer))
-    found = rated(replace(config, seed=split_seed(config)), models["base"], judged)
-    learned = to_pairs([*found.test.comparisons, *(found.repeats.comparisons if found.repeats else [])], judged)
-    beta = fitted(evidence, learned, config.reward.l2)
-    plans = {"rlhf": config.sampler, "base": load_config([args.config], [*args.overrides, *args.base]).sampler}
-    texts = {kind: write_captions(m, corpus, range(len(corpus)), plans[kind], config.seed).texts for kind, m in models.items()}
+    base = load_denoiser(config.sources / FILES["base"], "base")[1].eval()
+    evidence = Evidence(base, other.alignment, words_and_owners(eyes.tokenizer))
+    found = rated(replace(config, seed=seed, reward=replace(config.reward, repeats=0.0)), base, judged)  # people's judgements only
+    beta = fitted(evidence, found.test, config.reward.l2)
     rows = sorted(set(range(len(judged))) - set(found.test.rows))
-    margin = differences(evidence, captions_as_pairs(judged, rows, texts)) @ beta
-    wins = (margin.sign() / 2 + 0.5).double().numpy()
     accuracy = decided_accuracy(differences(evidence, found.val) @ beta, found.val.label)
     decided = [row for row, label in zip(found.val.rows, found.val.label.tolist(), strict=True) if label < 2]
-    row = {
+
+    def captions(path: Path, plan: SamplerConfig) -> list[str]:
+        model = load_denoiser(path, captioner_kind(path))[1].eval()
+        return write_captions(model, corpus, range(len(corpus)), plan, config.seed).texts
+
+    def told(texts: list[str]) -> dict[str, Any]:
+        return {"references": reference_intervals(texts, examples["test"])} | text_statistics(texts)
+
+    against = args.against or config.sources / FILES["base"]
+    theirs = captions(against, load_config([args.config], [*args.overrides, *args.base]).sampler)
+    row: dict[str, Any] = {
         "judge": {
             **retrieval(other.alignment, judged),
-            "comparisons": len(learned),
+            "comparisons": len(found.test),
             "accuracy": interval_row(accuracy.numpy(), decided),
             "weights": dict(zip(SEEN, beta.tolist(), strict=True)),
         },
         "photographs": len(rows),
-        "win_rate": interval_row(wins),
-        **{kind: {"references": reference_intervals(t, examples["test"])} | text_statistics(t) for kind, t in texts.items()},
+        "against": {"model": str(against)} | told(theirs),
+        "refined": {},
     }
+    for path in args.refined or [config.models / FILES["rlhf"]]:
+        ours = captions(path, config.sampler)
+        margin = differences(evidence, captions_as_pairs(judged, rows, ours, theirs)) @ beta
+        row["refined"][str(path)] = {"win_rate": interval_row((margin.sign() / 2 + 0.5).double().numpy())} | told(ours)
+        share = row["refined"][str(path)]["win_rate"]["value"]
+        print(f"the judge prefers {path} to {against} on {share:.1%} of {len(rows)} photographs, ties half")
     write_json(args.output, row)
-    print(f"the judge prefers the refined captions on {row['win_rate']['value']:.1%} of {len(rows)} photographs, ties half")
     print(f"numbers  {args.output}")
 
 
-def captions_as_pairs(corpus: Corpus, rows: list[int], texts: dict[Kind, list[str]]) -> Pairs:
-    """The refined caption as a, the base model's as b."""
-    return to_pairs([Comparison(str(r), corpus.examples[r].key, texts["rlhf"][r], texts["base"][r], "a") for r in rows], corpus)
+def captions_as_pairs(corpus: Corpus, rows: list[int], ours: list[str], theirs: list[str]) -> Pairs:
+    """The judged caption as a, the other one as b."""
+    return to_pairs([Comparison(str(r), corpus.examples[r].key, ours[r], theirs[r], "a") for r in rows], corpus)
 
 
 if __name__ == "__main__":

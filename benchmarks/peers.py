@@ -81,8 +81,9 @@ class Bidirectional(DiffusionCaptionModel):
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
         valid, memory = valid_positions(batch.length, batch.x0.shape[1]), self.read_image(batch.image, batch.seen, batch.kept)
-        count = 1 + (torch.rand(len(batch.x0)) * batch.length).long()
-        masked = select(torch.rand(batch.x0.shape), valid, count)
+        steps = batch.step.masked_fill(~valid, 0).amax(1)
+        now = 1 + (torch.rand(len(batch.x0)) * steps).long()  # a moment of the same reveal that the project's model learns from
+        masked = valid & (batch.step >= now[:, None])
         logits = self.states(batch.x0, masked, batch.length, memory)
         nll = F.cross_entropy(logits.flatten(0, 1), batch.x0.flatten(), reduction="none").view(batch.x0.shape).nan_to_num(posinf=0.0)
         counted = masked & self.allowed[batch.x0]

@@ -3,7 +3,7 @@
 The baseline is the mean of the image's captions, which Luo (2020) found better than its greedy caption. Images, captions drawn of each,
 learning rate, averaging of the weights and the choice among them on validation photographs are those of `rlhf.sparse=references`, and so is
 the reward: similar images' captions count, repetitions cost, and CLIP's score of the caption is mixed in with `shaping.clip_weight`. There
-is no KL.
+is no KL. Unlike distilling it sees the whole images only, and draws without dropout.
 
     python benchmarks/self_critical.py --config configs/flickr8k.yaml --config configs/references.yaml --start ar.pt --output out.json \\
         start_from=models/flickr8k rlhf.fit.epoch_size=1500 rlhf.fit.batch_size=16 rlhf.fit.lr=3e-5 rlhf.fit.ema_decay=0.9

@@ -169,19 +169,21 @@ def test_a_judge_that_had_no_part_in_the_training(photographs, tmp_path, monkeyp
     judge["main"]()
     found = json.loads((tmp_path / "judge.json").read_text())
     assert 0 < found["photographs"] < 10 and set(found["judge"]["weights"]) == set(judge["SEEN"]) and found["judge"]["comparisons"] > 0
-    assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"] <= 1
+    refined, base = (f"models/photographs/best_{kind}_model.pt" for kind in ("rlhf", "base"))
+    one = found["refined"][refined]
+    report = json.loads(Path("results/photographs/reward_report.json").read_text())
+    assert found["against"]["model"] == base and found["judge"]["comparisons"] == report["comparisons"]["test"]  # people's alone
+    assert 0 <= one["win_rate"]["low"] <= one["win_rate"]["value"] <= one["win_rate"]["high"] <= 1
     summary = json.loads(Path("results/photographs/training_summary.json").read_text())
-    for kind in ("base", "rlhf"):
-        assert found[kind]["references"]["cider_d"]["value"] == pytest.approx(summary["references"][kind]["cider_d"], abs=1e-6)
-    assert f"on {found['win_rate']['value']:.1%} of {found['photographs']} photographs" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*sys.argv, "--base", "sampler.max_words=1"])
-    judge["main"]()
-    short = json.loads((tmp_path / "judge.json").read_text())
-    assert short["base"]["mean_words"] == 1 and short["rlhf"] == found["rlhf"]
-    monkeypatch.setattr("sys.argv", [*sys.argv, "seed=5"])  # of RLHF: the reward's photographs stay its own
+    for kind, row in (("base", found["against"]), ("rlhf", one)):
+        assert row["references"]["cider_d"]["value"] == pytest.approx(summary["references"][kind]["cider_d"], abs=1e-6)
+    assert f"prefers {refined} to {base} on {one['win_rate']['value']:.1%} of {found['photographs']} photographs" in capsys.readouterr().out
+    both = ["--refined", base, "--refined", refined, "--against", refined, "--base", "sampler.max_words=1"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, *both, "seed=5"])  # of RLHF: the judge stays who it is
     judge["main"]()
     other = json.loads((tmp_path / "judge.json").read_text())
-    assert other["photographs"] == found["photographs"] and other["judge"]["comparisons"] == found["judge"]["comparisons"]
+    assert other["judge"] == found["judge"] and other["photographs"] == found["photographs"]
+    assert other["against"]["mean_words"] == 1 and other["refined"].keys() == {base, refined}
 
 
 @pytest.mark.parametrize("rated", [0, 1])

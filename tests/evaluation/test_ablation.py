@@ -8,7 +8,7 @@ import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement.evaluation.ablation import (
     alarmed,
-    budget_share,
+    budget_shares,
     captions_until,
     comparable,
     difference_over_seeds,
@@ -16,6 +16,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.ablation import (
     nested_bootstrap,
     of_peak,
     paired_difference,
+    spell_shares,
     student,
     write_page,
 )
@@ -76,8 +77,12 @@ def test_captions_until_a_target_by_hand():
     assert [captions_until(one, g) for g in (0.5, 0.55, 0.6, 0.7, 0.81)] == pytest.approx([0, 25, 50, 130, math.inf])
     slow = [record("s", seed, [0.5, 0.6, 0.7], np.ones(3)) for seed in (0, 1, 2)]
     fast = [record("f", 0, [0.5, 0.7], np.ones(3)), record("f", 1, [0.5, 0.6], np.ones(3)), record("f", 2, [0.5, 0.9], np.ones(3))]
-    assert budget_share(slow, slow) == pytest.approx(1.0)
-    assert budget_share(fast, slow) == pytest.approx(0.5)  # of a half, infinity, and a quarter
+    assert budget_shares(slow, slow) == pytest.approx([1.0] * 3) and spell_shares(budget_shares(slow, slow)) == "1.00 (3 of 3)"
+    assert sorted(budget_shares(fast, slow)) == pytest.approx([0.25, 0.5, math.inf])
+    assert spell_shares(budget_shares(fast, slow)) == "0.50 (2 of 3)"
+    assert (
+        spell_shares([math.inf, 0.7]) == "0.70 (1 of 2)" and spell_shares([math.inf]) == "not reached (0 of 1)" and spell_shares([]) == "–"
+    )
     assert of_peak(one) == 1 and of_peak(record("a", 0, [0.5, 0.8, 0.6], np.ones(3))) == pytest.approx(0.75)
 
 

@@ -91,11 +91,18 @@ def captions_until(record: Record, target: float) -> float:
     return math.inf
 
 
-def budget_share(arm: Arm, baseline: Arm) -> float:
-    """Median over seeds of the captions until the baseline's last utility, as a share of all that the baseline sampled."""
+def budget_shares(arm: Arm, baseline: Arm) -> list[float]:
+    """Captions until the baseline's last utility, as a share of all that the baseline sampled, by seed; infinite where never."""
     last = {r["seed"]: (g[0][-1], g[1][-1]) for r in baseline if len((g := gold_curve(r))[0]) > 1}
-    shares = [captions_until(r, last[r["seed"]][1]) / last[r["seed"]][0] for r in arm if r["seed"] in last]
-    return float(np.median(shares)) if shares else math.nan
+    return [float(captions_until(r, last[r["seed"]][1]) / last[r["seed"]][0]) for r in arm if r["seed"] in last]
+
+
+def spell_shares(shares: Sequence[float]) -> str:
+    """The median seed's, of an even number the lower one of the two, and how many get there at all."""
+    if not shares:
+        return "–"
+    middle, reached = sorted(shares)[(len(shares) - 1) // 2], sum(map(math.isfinite, shares))
+    return f"{middle:.2f} ({reached} of {len(shares)})" if math.isfinite(middle) else f"not reached ({reached} of {len(shares)})"
 
 
 def kept_row(record: Record) -> Record:
@@ -129,14 +136,13 @@ COLUMNS = (
 
 
 def line(name: str, arm: Arm, baseline: Arm, command: str) -> list[str]:
-    share = budget_share(arm, baseline)
     ends = [of_peak(r) for r in arm]
     return [
         name.replace("_", " "), str(len(arm)), spell(utility(arm)), spell(paired_difference(arm, baseline), "+"),
         limits(difference_over_seeds(arm, baseline)),
         *(f"{mean(arm, lambda r, k=k: r['test'][k]):.3f}" for k in ("accuracy", "fluency")),
         f"{mean(arm, lambda r: r['test']['mean_words']):.1f}", f"{mean(arm, lambda r: r['win_rate']['value']):.2f}",
-        f"{mean(arm, lambda r: kept_row(r)['kl']):.1f}", f"{share:.2f}" if math.isfinite(share) else "not reached",
+        f"{mean(arm, lambda r: kept_row(r)['kl']):.1f}", spell_shares(budget_shares(arm, baseline)),
         f"{mean(arm, lambda r: r['rows'][-1]['seconds'] / 60):.1f}", f"{mean(arm, lambda r: gold_curve(r)[1][-1]):.3f}",
         f"{np.mean(ends):.3f}, {min(ends):.3f}", f"{sum(end < 0.95 for end in ends)} of {len(ends)}",
         alarmed(arm),

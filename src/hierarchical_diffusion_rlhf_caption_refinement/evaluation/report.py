@@ -33,7 +33,10 @@ STYLE = {
 MEASURES = {
     "utility": ("utility", "The hidden quality: true, fluent, and better for telling more. Training never sees it; 1 is perfect."),
     "accuracy": ("accuracy", "Share of the facts a caption tells that hold in its image."),
-    "specificity": ("specificity", "Share of a full description’s facts that the caption tells, and tells rightly."),
+    "specificity": (
+        "specificity",
+        "Scenes: the share of all facts that is told, and rightly. Photographs: nats that the words tell.",
+    ),
     "fluency": ("fluency", "1 is a grammatical caption; every slip costs 40 % or more of it."),
     "cider_d": ("CIDEr-D", "Agreement with people’s captions of the same image, rare words counting more; 0 to 10."),
     "bleu_4": ("BLEU-4", "Share of the runs of up to four words that people’s captions of the image use, too."),
@@ -233,7 +236,7 @@ def overoptimisation(folder: Path, rows: list[Row]) -> str:
         panels[1].set_prop_cycle(color=[GREEN])
         draw_lines(panels[1], found, {"val_gold_utility": "hidden utility"}, distance)
         panels[1].set(title="Gold: what nothing in training sees", ylabel="utility, at most 1")
-    panels[-1].set_xlabel("distance from the base model: √KL, √nats per caption")
+    panels[-1].set_xlabel("distance from the model that was refined: √KL, √nats per caption")
     text = f"Kept were the weights without an alarm whose captions the judge likes best: epoch {kept['epoch']}, "
     text += f"{spell(kept['val_kl'])} nats per caption."
     for name, epoch in alarms_of(found).items():
@@ -292,7 +295,7 @@ def reward_section(folder: Path, reward: Row) -> str:
     cells |= {f"{gap} difference in quality": value for gap, value in reward.get("by_gap", {}).items()}
     cells |= {"one fact made wrong": facts.get("accuracy"), "one fact made wrong, image swapped": facts.get("image_shuffled")}
     cells |= {"two raters agree": agreement, "calibration error": reward.get("calibration_error")}
-    alarm = "<p>Above the raters’ own agreement: look for a leak before believing it.</p>" if reward.get("above_ceiling") else ""
+    alarm = "<p>Above what an unerring rater reaches: look for a leak before believing it.</p>" if reward.get("above_ceiling") else ""
     figures = f'<div class="grid">{pictures}</div>' if pictures else ""
     return figures + alarm + table(["accuracy, held out", ""], [[k, spell(v)] for k, v in cells.items() if v is not None])
 

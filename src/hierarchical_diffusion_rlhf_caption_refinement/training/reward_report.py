@@ -82,7 +82,11 @@ def calibration(margin: Float[Tensor, " n"], pairs: Pairs) -> float:
 
 def reward_report(reward: RewardModel, found: Judgements, train: Examined, used: int, config: RewardConfig, seed: int) -> dict[str, Any]:
     """Every figure of the design's section on human preferences, on images the model never saw; it and its baselines learned from the
-    first `used` of `train`."""
+    first `used` of `train`.
+
+    `share_of_ceiling` compares with a second rater, who errs as often as the first; one who never errs agrees with a rater more often than
+    that, and only what is above even him (`above_ceiling`) smells of a leak.
+    """
     test = examine(reward.evidence, found.test)
     margin = mean_margin(reward, test)
     shuffled = mean_margin(reward, examine(reward.evidence, found.test, generator(seed, "shuffled images")))
@@ -93,7 +97,7 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, used:
         "accuracy": accuracy,
         "rater_agreement": ceiling,
         "share_of_ceiling": accuracy["value"] / ceiling if ceiling > 0 else None,
-        "above_ceiling": bool(accuracy["low"] > ceiling),
+        "above_ceiling": bool(accuracy["low"] > 1 - smoothing_from(ceiling)),
         "length_only": feature_baseline(same, test, ("words", "words squared"), config.l2),
         "text_only": feature_baseline(same, test, BLIND, config.l2),
         "alignment_only": feature_baseline(same, test, ("alignment",), config.l2),
