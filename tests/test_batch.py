@@ -1,6 +1,7 @@
 """A folder as people have them, captioned by a job that is killed again and again: every good image once, every bad one with its reason."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -9,21 +10,25 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 import zlib
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement import cli, inputs
+from hierarchical_diffusion_rlhf_caption_refinement.batch import Batch, Task, Work, ahead, without_torn_line
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner, ObedienceError, Wishes
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.inputs import find_items
-from hierarchical_diffusion_rlhf_caption_refinement.outputs import beside, joined, make_output, whole
+from hierarchical_diffusion_rlhf_caption_refinement.outputs import Output, beside, joined, make_output, whole
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "predict.py"
@@ -175,6 +180,30 @@ def test_killed_between_the_log_and_the_text_files_it_only_writes_these(run, mon
     assert all(Path(row["image"]).with_suffix(".txt").read_text() == row["caption"] + "\n" for row in rows)
 
 
+@pytest.mark.parametrize("policy", ["skip", "append"])
+def test_killed_while_it_replaces_captions_it_replaces_them_the_next_time(run, monkeypatch, capsys, policy):
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, text: str) -> None:
+        raise Killed
+
+    pictures(Path("x"), 2)
+    mine = "mine\n" if policy == "append" else ""
+    Path("x/00.txt").write_text(mine)
+    command = ("x", "--format", "txt", "--existing", policy)
+    assert run(*command) == 0
+    first = [Path(f"x/0{i}.txt").read_text() for i in range(2)]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("hierarchical_diffusion_rlhf_caption_refinement.batch.write_text", die)
+        run(*command, "--suffix", "!")
+    assert [Path(f"x/0{i}.txt").read_text() for i in range(2)] == first and len(logged("x/captions.log.jsonl")) == 4
+    assert run(*command, "--suffix", "!") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 captions in text files (2 done before)"
+    assert [Path(f"x/0{i}.txt").read_text() for i in range(2)] == [text[:-1] + "!\n" for text in first] and first[0].startswith(mine)
+    assert len(logged("x/captions.log.jsonl")) == 4
+
+
 @pytest.mark.slow
 def test_five_thousand_images_killed_ten_times(run, capfd):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -233,10 +262,58 @@ def test_what_is_there_already(run, policy, capsys):
     assert Path("x/00.txt").read_text() == want.replace(caption, f"new {caption}")
 
 
+def test_captions_are_known_however_far_a_run_reaches_and_however_it_spells_them(run, monkeypatch, capsys):
+    pictures(Path("x/a"), 2)
+    Path("x/a/00.txt").write_text("mine\n")
+
+    def texts() -> list[str]:
+        return [path.read_text() for path in sorted(root.rglob("*.txt"))]
+
+    root, command = Path("x").absolute(), ("--format", "txt", "--existing", "append")
+    assert run("-r", "x", *command) == 0 and Path("x/a/captions.log.jsonl").exists()
+    first = texts()
+    assert first[0].startswith("mine\n") and len(first[0].splitlines()) == 2
+    pictures(Path("x/b"), 1, first=2)
+    assert run("-r", "x", *command) == 0 and len(logged("x/captions.log.jsonl")) == 1  # the log is in another folder now
+    for names in (("x/b/02.png",), (root / "a/00.png", root / "b/02.png"), ("x/a/../a/01.png",)):
+        assert run(*names, *command) == 0
+    counts = ["2 captions in text files", "3 captions in text files (2 done before)", "1 captions in text files (1 done before)"]
+    counts += ["2 captions in text files (2 done before)", "1 captions in text files (1 done before)"]
+    assert capsys.readouterr().out.splitlines() == counts and texts()[:2] == first
+    monkeypatch.chdir("x/a")
+    assert run("00.png", "../b", "--format", "txt", "--suffix", "!") == 0  # replaces our lines, not theirs
+    changed = texts()
+    assert changed[0] == first[0][:-1] + "!\n" and changed[1] == first[1] and changed[2].endswith("!\n")
+    assert len(changed[2].splitlines()) == 1
+
+
+def test_logs_that_do_not_tell_the_text_file_are_understood(run, capsys):
+    pictures(Path("x"), 2)
+    assert run("x", "--format", "txt") == 0
+    log = Path("x/captions.log.jsonl")
+    rows = logged(log)
+    assert [row.pop("text_file") for row in rows] == ["00.txt", "01.txt"]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(Path("x").absolute(), "--format", "txt") == run("x", "--format", "txt") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["2 captions in text files (2 done before)"] * 2
+    assert run("x", "--format", "txt", "--suffix", "!") == 0 and Path("x/00.txt").read_text() == rows[0]["caption"] + "!\n"
+
+
+def test_without_a_log_no_line_is_added_twice(run):
+    pictures(Path("x"), 1)
+    Path("x/00.txt").write_text("mine\n")
+    assert run("x", "--format", "txt", "--existing", "append") == 0
+    first = Path("x/00.txt").read_text()
+    for policy in ("append", "prepend"):
+        Path("x/captions.log.jsonl").unlink()
+        assert run("x", "--format", "txt", "--existing", policy) == 0 and Path("x/00.txt").read_text() == first
+
+
 def test_policies_by_hand():
     assert [beside(p, "theirs", False, "") for p in ("skip", "error", "overwrite", "append")] == [None, None, "", "theirs"]
     assert beside("skip", "ours", True, "before") == "before" and beside("skip", " \n", False, "") == ""
     assert joined("append", "a", "b") == "a\nb\n" and joined("prepend", "a\n", "b") == "b\na\n" and joined("skip", "", "b") == "b\n"
+    assert joined("append", "b\na", "b") == "b\na" and joined("prepend", "a\nb\n", "a") == "a\nb\n"
 
 
 def test_every_table_says_the_same(run):
@@ -336,6 +413,60 @@ def test_ways_to_name_images(run, monkeypatch, tmp_path):
             find_items([wrong])
 
 
+def test_every_row_of_a_table_comes_back(run, capsys):
+    pictures(Path("x"), 2)
+    Path("t.csv").write_text("image,price\nx/00.png,3\n,4\nx/01.png,5\n")
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["x/00.png", None, "x/01.png"]}), "t.parquet")
+    for table in ("t.csv", "t.parquet"):
+        assert run(table, "--output", "p.jsonl") == 3
+        rows = logged("p.jsonl")
+        assert [row["image"] for row in rows] == ["x/00.png", f"{table}/1", "x/01.png"] and rows[0]["caption"]
+        assert rows[1]["caption"] is None and rows[1]["error"] == f"{table}/1: no image in this row"
+        capsys.readouterr()
+        assert run(table, "--format", "txt") == run(table, "--format", "coco", "--output", "coco.json") == 3
+        assert capsys.readouterr().err.splitlines() == [f"failed: {table}/1: no image in this row"] * 2
+        assert [row["image_id"] for row in json.loads(Path("coco.json").read_text())] == [0, 1]
+    assert sorted(p.name for p in Path("x").glob("*.txt")) == ["00.txt", "01.txt"]
+    Path("t.csv").write_text('image\n""\n')
+    assert run("t.csv", "--format", "txt") == 1
+
+
+@pytest.mark.parametrize("cut", [100, 511])
+def test_a_tar_that_is_cut_off_in_a_header_is_a_failure(run, capsys, cut):
+    names = pictures(Path("x"), 3)
+    subprocess.run(["tar", "cf", "x.tar", *map(str, names)], check=True)
+    with tarfile.open("x.tar") as tar:
+        last = tar.getmembers()[-1].offset
+    whole_tar = Path("x.tar").read_bytes()
+    Path("x.tar").write_bytes(whole_tar[: last + cut])
+    assert run("x.tar", "--output", "p.jsonl") == 3
+    assert capsys.readouterr().err == f"failed: x.tar: damaged or cut off after {last} bytes; what was behind them is missing\n"
+    assert [row["image"] for row in logged("p.jsonl") if row["caption"]] == ["x.tar/x/00.png", "x.tar/x/01.png"]
+    for fine in (whole_tar, whole_tar[:last], whole_tar[:last] + bytes(100)):  # with an end, without one, with half of it
+        Path("x.tar").write_bytes(fine)
+        assert run("x.tar", "--output", "q.jsonl") == 0
+
+
+def test_rows_of_a_parquet_file_are_read_once_and_in_order(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data = pictures(Path("x"), 1)[0].read_bytes()
+    pyarrow.parquet.write_table(pyarrow.table({"image": [data] * 24}), "t.parquet", row_group_size=6)
+    groups, real = [], pyarrow.parquet.ParquetFile.read_row_group
+
+    def read(self, group, *arguments):
+        groups.append(group)
+        time.sleep(0.02)  # while the other threads come
+        return real(self, group, *arguments)
+
+    items = find_items(["t.parquet"])
+    inputs._cells.cache_clear()
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", read)
+    with closing(Batch(cast(Work, None), Output("json", Path("p.json")), items[::-1])) as batch:
+        assert [item.name for item in batch.mine] == [f"t.parquet/{i}" for i in range(24)]
+        assert all(picture.result().size == (64, 64) for _, picture in ahead(Task(item, "") for item in batch.mine))
+    assert groups == [0, 1, 2, 3]
+
+
 def test_what_a_folder_holds_but_cannot_be_read_fails(run, capsys):
     pictures(Path("x/deep"), 1)
     Path("x/gone.png").symlink_to("nowhere.png")
@@ -424,6 +555,34 @@ def test_a_torn_line_costs_one_image(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "4 captions in p.json (3 done before)"
     again = json.loads(Path("p.json").read_text())
     assert [r["caption"] for r in again] == [r["caption"] for r in first] and again[:3] == first[:3] and len(logged(log)) == 4
+
+
+class Counting(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+@pytest.mark.parametrize("step", [1, 4, 100])
+def test_a_torn_line_is_looked_for_from_behind(step):
+    for content, whole_lines in (
+        (b"", b""),
+        (b"torn", b""),
+        (b"ab\n", b"ab\n"),
+        (b"ab\ncd\ntorn line", b"ab\ncd\n"),
+        (b"\n" + b"x" * 9, b"\n"),
+    ):
+        file = io.BytesIO(content)
+        without_torn_line(file, step)
+        assert file.getvalue() == whole_lines
+    file = Counting(b"line\n" * 1000 + b"torn")
+    without_torn_line(file, step)
+    assert file.getvalue() == b"line\n" * 1000 and file.count <= 4 + step
 
 
 def test_two_runs_do_not_write_one_log(run, capsys):

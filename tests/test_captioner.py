@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, ObedienceError, Wishes, content_key
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, ObedienceError, Wishes, content_key, prepared
+from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, load_image
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, said
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import layouts
@@ -43,6 +43,49 @@ def test_one_or_several_pictures_or_paths(captioner, scenes, tmp_path):
     assert [c.text for c in captioner([scenes[0], str(tmp_path / "0.png"), tmp_path / "0.png"])] == [alone.text] * 3
     assert captioner(tmp_path / "0.png")[0].text == alone.text
     assert captioner([]) == []
+
+
+@pytest.mark.parametrize("kind", ["L", "LA", "I;16", "P", "RGBA", "CMYK", "rotated", "large"])
+def test_a_picture_is_seen_as_its_file_is(captioner, scenes, tmp_path, kind):
+    """Upright, over white, RGB and of bounded size; the picture itself stays as it is."""
+    path = tmp_path / ("0.tif" if kind in ("I;16", "CMYK") else "0.png")
+    if kind == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        scenes[0].crop((0, 0, 64, 40)).save(path, exif=exif)
+    elif kind == "large":
+        scenes[0].resize((5000, 40)).save(path)
+    elif kind == "RGBA":
+        clear = scenes[0].convert("RGBA")
+        clear.putalpha(Image.linear_gradient("L").resize((64, 64)))
+        clear.save(path)
+    elif kind == "I;16":
+        scenes[0].convert("L").point(lambda v: v * 256, "I").convert("I;16").save(path)
+    else:
+        scenes[0].convert(kind).save(path)
+    picture = Image.open(path)
+    before = picture.mode, picture.size, picture.tobytes()
+    mine, its = captioner.look(picture), captioner.look(path)
+    assert mine.key == its.key and torch.equal(mine.tokens, its.tokens) and torch.equal(mine.joint, its.joint)
+    assert prepared(picture).mode == "RGB" and prepared(picture).tobytes() == load_image(path).tobytes()
+    assert prepared(load_image(path)).tobytes() == load_image(path).tobytes()  # once more changes nothing
+    assert captioner(picture) == captioner(path)
+    assert (picture.mode, picture.size, picture.tobytes()) == before
+
+
+def test_a_picture_that_cannot_be_read_is_an_image_error(captioner, scenes, tmp_path):
+    scenes[0].save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
+    with pytest.raises(ImageError, match="^picture: "):
+        captioner(Image.open(tmp_path / "0.png"))
+
+
+def test_many_pictures_are_captioned_a_few_at_a_time(captioner, scenes, monkeypatch):
+    several, sizes, write = (scenes * 14)[:67], [], captioner.write
+    together = write([captioner.look(scene) for scene in several], replace(captioner.plan, temperature=1.0, steps=2), 0)
+    monkeypatch.setattr(captioner, "write", lambda seen, *more: sizes.append(len(seen)) or write(seen, *more))
+    found = captioner(several, temperature=1.0, steps=2)
+    assert sizes == [32, 32, 3] and [(c.text, c.ids) for c in found] == [(c.text, c.ids) for c in together]
 
 
 def test_the_caption_tells_how_it_came_about(captioner, scenes):

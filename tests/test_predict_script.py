@@ -303,6 +303,14 @@ def test_what_would_be_ignored_is_refused(predict, capsys, arguments, line):
     assert stopped.value.code == 2 and line in capsys.readouterr().err
 
 
+def test_a_refine_of_nothing_tells_what_is_not_there(predict, pictures, capsys):
+    for name, reason in (("nosuch", "no such file"), ("nosuch.png", "no such file"), (pictures, "no caption in it")):
+        assert predict("--refine", str(name), "--report-only") == 2
+        assert capsys.readouterr().err == f"error: {name}: {reason}\n"
+    assert predict("--refine", str(pictures / "0.png"), "--report-only") == 2
+    assert capsys.readouterr().err == f"error: {pictures / '0.png'}: no caption in it\n"
+
+
 def test_steps_are_refused_where_a_search_would_ignore_them(predict, pictures, capsys):
     search = (str(pictures / "0.png"), "order=left_to_right", "beams=2")
     assert predict(*search) == 0

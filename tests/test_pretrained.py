@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +16,7 @@ from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser, save_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.models.vision import to_pixels
 from hierarchical_diffusion_rlhf_caption_refinement.pretrained import CaptionRefiner
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
@@ -57,6 +59,38 @@ def test_nothing_is_pickled_and_no_place_of_this_machine_is_told(exported):
     assert not any(path.read_bytes().startswith((b"PK", b"\x80")) for path in exported.iterdir())
     texts = [path.read_text() for path in exported.iterdir() if path.suffix in (".json", ".md")]
     assert not any(str(exported.parents[1]) in text for text in texts)
+
+
+@pytest.mark.parametrize(("place", "name"), [(".", "captions"), ("a/data", "data"), ("/", "data"), ("", "")])
+def test_the_data_has_a_name_wherever_it_lies(smoke, tmp_path, monkeypatch, place, name):
+    (tmp_path / "captions").mkdir()
+    monkeypatch.chdir(tmp_path / "captions")
+    captioner = Captioner.from_pretrained(smoke / "models/smoke")
+    eyes, source = captioner.eyes, "folder" if place else "scenes"
+    config = replace(eyes.config, data=replace(eyes.config.data, source=source, path=place))
+    captioner.parts = replace(captioner.parts, eyes=replace(eyes, config=config))
+    captioner.save_pretrained(tmp_path / "out")
+    assert Captioner.from_pretrained(tmp_path / "out").eyes.config.data.path == name
+
+
+def test_a_checkpoint_near_the_root_was_measured_nowhere(smoke):
+    parts = Captioner.from_pretrained(smoke / "models/smoke").parts
+    assert parts.measured()["gold"] and replace(parts, files=(Path("/best_rlhf_model.pt"),)).measured() == {}
+
+
+def test_the_reward_of_an_earlier_run_is_found_from_anywhere(smoke, tmp_path, monkeypatch):
+    for name in ("earlier", "later"):
+        (tmp_path / "run/models" / name).mkdir(parents=True)
+        (tmp_path / name).mkdir()
+    shutil.copy(smoke / "models/smoke/best_reward_model.pt", tmp_path / "run/models/earlier")
+    eyes, model = load_denoiser(smoke / "models/smoke/best_rlhf_model.pt", "rlhf")
+    eyes = replace(eyes, config=replace(eyes.config, start_from="models/earlier"))
+    path = tmp_path / "run/models/later/best_rlhf_model.pt"
+    save_denoiser(path, "rlhf", eyes, model, {})
+    for folder, named in (("run", "models/later/best_rlhf_model.pt"), ("later", path), ("earlier", "../run/models/later")):
+        monkeypatch.chdir(tmp_path / folder)
+        parts = Captioner.from_pretrained(named).parts
+        assert parts.reward and parts.files[1].resolve() == tmp_path / "run/models/earlier/best_reward_model.pt"
 
 
 def test_the_card_has_the_measured_table(smoke, exported):

@@ -162,7 +162,7 @@ def test_tables_of_drafts(run, capsys):
     Path("0.txt").write_text("one\n\n two\n")
     keys = [(row["image"], row["caption"]) for row in rows]
     assert [i.key for i in find_drafts("drafts.jsonl", False, "", "", ".txt")] == keys
-    assert [i.key for i in find_drafts("d.csv", False, "", "", ".txt")] == keys
+    assert [i.key for i in find_drafts("d.csv", False, "", "", ".txt")] == [*keys, ("d.csv/4", "x")]  # a row without an image will fail
     assert [i.draft for i in find_drafts("d.parquet", False, "", "", ".txt")] == [keys[0][1], "b"]
     assert [i.key for i in find_drafts("held.parquet", False, "", "", ".txt")] == [("held.parquet/0", "a star")]
     assert [i.key for i in find_drafts(".", False, "", "", ".txt")] == [("0.png", "one"), ("0.png", "two")]

@@ -10,12 +10,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from PIL.Image import Image
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .captioner import Caption, Captioner, Seen, Wishes
 from .data.images import ImageError
-from .inputs import Item
+from .inputs import Item, missed
 from .outputs import DRAFT_FIELDS, FIELDS, LISTS, LOG_NAME, Output, Row, beside, joined, logs_of, read_text, write_table, write_text
 from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
@@ -125,11 +125,29 @@ def ahead(tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Image]"]]:
             yield waiting.popleft()
 
 
-class Log:
-    """JSON lines of all that was captioned, synced after every batch; a torn last line is ignored. Shards write their own, and read all."""
+def without_torn_line(file: BinaryIO, step: int = 1 << 16) -> None:
+    """Cut off what follows the last line's end; the file is read from behind as far as that."""
+    start = file.seek(0, os.SEEK_END)
+    while start:
+        start = max(start - step, 0)
+        file.seek(start)
+        if end := file.read(step).rfind(b"\n") + 1:
+            start += end
+            break
+    file.truncate(start)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class Log:
+    """JSON lines of all that was captioned, synced after every batch; a torn last line is ignored. Shards write their own, and read all.
+
+    Text files have theirs in the folder that holds all of a run, and another run may reach further or less far: of them, all logs are read
+    that lie beside one or above it. Rows are about a text file then, whose place they tell relative to their log, or about a name.
+    """
+
+    def __init__(self, output: Output, items: Sequence[Item], shard: tuple[int, int]) -> None:
+        self.path = path = output.log(items, shard)
+        self.keys, self.texts = output.keys(items), output.format == "txt"
+        self.old = {os.path.abspath(name): key for name, key in self.keys.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+b")
         try:
@@ -137,28 +155,46 @@ class Log:
         except OSError:
             self.file.close()
             raise ConfigError(f"{path}: another run is writing it") from None
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        without_torn_line(self.file)
         self.read()
 
     def read(self) -> None:
         """Find out where every row is."""
-        self.files = logs_of(self.path.with_name(re.sub(LOG_NAME, "", self.path.name)))
+        self.files = self._files()
         self.known: dict[tuple[str, str, str], tuple[bool, float, int, int]] = {}
-        self.latest: dict[str, tuple[float, int, int]] = {}
+        self.captions: dict[str, list[tuple[float, int, int]]] = {}
+        wanted = set(self.keys.values())
         for i, path in enumerate(self.files):
+            folder = os.path.realpath(path.parent)
             with path.open("rb") as file:
                 offset = 0
                 for line in file:
-                    if row := parse_row(line, "image", "identity", "run", "time", "error"):
-                        self._note(row, i, offset)
+                    row = parse_row(line, "image", "identity", "run", "time", "error")
+                    if row and (key := self._key(row, folder)) in wanted:
+                        self._note(key, row, i, offset)
                     offset += len(line)
 
-    def _note(self, row: Row, file: int, offset: int) -> None:
-        key, place = (row["image"], row["identity"], row["run"]), (row["time"], file, offset)
-        self.known[key] = max(self.known.get(key, (False, 0.0, 0, 0)), (not row["error"], *place))
+    def _files(self) -> list[Path]:
+        if not self.texts:
+            return logs_of(self.path.with_name(re.sub(LOG_NAME, "", self.path.name)))
+        beside, found = {self.path.parent.resolve(), *(Path(text).parent for text in self.keys.values())}, list[Path]()
+        for folder in sorted(beside.union(*(below.parents for below in beside))):
+            with suppress(OSError):  # one that may not be looked into, or is none
+                found += logs_of(folder / "captions")
+        return found
+
+    def _key(self, row: Row, folder: str) -> str | None:
+        if not self.texts:
+            return row["image"]
+        if "text_file" in row:
+            return os.path.normpath(os.path.join(folder, row["text_file"]))
+        return self.old.get(os.path.abspath(row["image"]))  # from before rows told it
+
+    def _note(self, key: str, row: Row, file: int, offset: int) -> None:
+        state, place = (key, row["identity"], row["run"]), (row["time"], file, offset)
+        self.known[state] = max(self.known.get(state, (False, 0.0, 0, 0)), (not row["error"], *place))
         if not row["error"]:
-            self.latest[row["image"]] = max(self.latest.get(row["image"], place), place)
+            self.captions.setdefault(key, []).append(place)
 
     def _row(self, file: int, offset: int) -> Row:
         with self.files[file].open("rb") as lines:
@@ -167,19 +203,22 @@ class Log:
 
     def find(self, item: Item, identity: str, run: str) -> Row | None:
         """What came of an image as it is, by this model and these settings; a caption comes before a failure."""
-        found = self.known.get((item.name, identity, run))
+        found = self.known.get((self.keys[item.name], identity, run))
         return self._row(*found[2:]) if found else None
 
-    def last(self, item: Item) -> Row | None:
-        """The newest caption of an image, whatever it or the model was."""
-        found = self.latest.get(item.name)
-        return self._row(*found[1:]) if found else None
+    def captions_of(self, item: Item) -> Iterator[Row]:
+        """All captions of an image, whatever it or the model was, the newest first."""
+        return (self._row(*place[1:]) for place in sorted(self.captions.get(self.keys[item.name], ()), reverse=True))
 
     def close(self) -> None:
         self.file.close()
 
-    def append(self, rows: Sequence[Row]) -> None:
-        self.file.write(b"".join(json.dumps({**row, "time": time.time()}).encode() + b"\n" for row in rows))
+    def append(self, rows: Sequence[tuple[Item, Row]]) -> None:
+        folder, lines = os.path.realpath(self.path.parent), list[str]()
+        for item, row in rows:
+            place = {"text_file": os.path.relpath(self.keys[item.name], folder)} if self.texts else {}
+            lines.append(json.dumps({**row, **place, "time": time.time()}) + "\n")
+        self.file.write("".join(lines).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -199,11 +238,11 @@ class Batch:
     """Images, where their captions go, and what is done already."""
 
     def __init__(self, work: Work, output: Output, items: Sequence[Item], shard: tuple[int, int] = (1, 1)) -> None:
-        """`shard` (i, n): only the i-th of every n images, in the order of their names."""
+        """`shard` (i, n): only the i-th of every n images, in the order of their names, numbers in these by size as a table's rows are."""
         self.work, self.output, self.items = work, output, items
         unique = {item.key: item for item in items}
-        self.mine = [unique[key] for key in sorted(unique)[shard[0] - 1 :: shard[1]]]
-        self.log = Log(output.log(items, shard))
+        self.mine = [unique[key] for key in sorted(unique, key=by_number)[shard[0] - 1 :: shard[1]]]
+        self.log = Log(output, items, shard)
         self.identity = {key: item.identity() for key, item in unique.items()}
         self.kept: set[str] = set()
 
@@ -217,28 +256,27 @@ class Batch:
             identity = self.identity[item.key]
             done = self.log.find(item, identity, self.work.run)
             caption = done["caption"] if done else None
-            if self.output.format != "txt":
+            if self.output.format != "txt" or item.empty:
                 tasks += [] if caption else [Task(item, identity)]
                 continue
             path = self.output.sidecar(item)
-            last = self.log.last(item)
             try:
                 current = read_text(path)
             except OSError as error:  # a name that is too long, for example: the other images go on
-                tasks.append(Task(replace(item, load=partial(_missed, f"{item.name}: its text file: {error.strerror}")), identity))
+                tasks.append(Task(replace(item, load=partial(missed, f"{item.name}: its text file: {error.strerror}")), identity))
                 continue
-            ours = last is not None and current == last["file"]
+            # Of any row, not only the newest: a run that was killed may have logged what it did not get to write.
+            ours = next((row for row in self.log.captions_of(item) if current == row["file"] != ""), None)
             if not ours and current.strip() and self.output.existing == "error":
                 raise ConfigError(f"{path}: is there already (--existing skip, overwrite, append or prepend)")
-            before = beside(self.output.existing, current, ours, last["before"] if last else "")
+            before = beside(self.output.existing, current, bool(ours), ours["before"] if ours else "")
             if before is None:
                 self.kept.add(item.name)
             elif done is None or not caption:
                 tasks.append(Task(item, identity, before))
-            elif not (ours and last and last["caption"] == caption) and caption not in before.splitlines():
-                content = joined(self.output.existing, before, caption)
-                if last != (told := {**done, "before": before, "file": content}):  # else it was killed before it wrote the file
-                    self.log.append([told])
+            elif not (ours and ours["caption"] == caption) and (content := joined(self.output.existing, before, caption)) != current:
+                if (before, content) != (done["before"], done["file"]):  # else it was killed before it wrote the file
+                    self.log.append([(item, {**done, "before": before, "file": content})])
                 write_text(path, content)
         return tasks
 
@@ -248,7 +286,7 @@ class Batch:
         for task, row in rows:
             content = joined(self.output.existing, task.before, row["caption"]) if txt and not row["error"] else ""
             facts.append({**row, "identity": task.identity, "run": self.work.run, "before": task.before, "file": content})
-        self.log.append(facts)
+        self.log.append([(task.item, fact) for (task, _), fact in zip(rows, facts, strict=True)])
         for (task, _), fact in zip(rows, facts, strict=True):
             if fact["file"]:
                 write_text(self.output.sidecar(task.item), fact["file"])
@@ -298,8 +336,9 @@ class Batch:
             path.unlink(missing_ok=True)
 
 
-def _missed(reason: str) -> Image:
-    raise ImageError(reason)
+def by_number(key: tuple[str, str]) -> tuple[str, tuple[str, str]]:
+    """For sorting: t.parquet/9 comes before t.parquet/10, so rows are read as they lie in the file."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), key[0]), key
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from PIL.Image import Image
 from torch import Tensor
 
-from .data.images import load_image
+from .data.images import MAX_SIDE, _to_rgb, image_error, load_image
 from .data.text import contains, decode, decode_rows, pad, said, spell, spellings, unknown_id, words_and_owners
 from .evaluation.evaluate import best_candidates, fit_of, pick
 from .models.alignment import PretrainedClip, leave_one_word_out
@@ -31,6 +32,8 @@ from .utils.config import ConfigError, SamplerConfig
 MASK = "[MASK]"
 NEAR = 2
 """Tokens by which a caption with given words may first differ in length from the free one."""
+TOGETHER = 32
+"""Images that one call captions at a time, however many it is given."""
 
 
 class ObedienceError(ValueError):
@@ -209,12 +212,14 @@ class Captioner:
         several = [images] if isinstance(images, str | Path | Image) else list(images)
         if not several:
             return []
-        seen = [self.look(image) for image in several]
-        found = self.write(seen, replace(self.plan, **settings), seed, wishes)  # type: ignore[arg-type]
-        for caption in found:
-            if isinstance(caption, ObedienceError):
-                raise caption
-        return [self.explained(caption, one) for caption, one in zip(found, seen, strict=True) if isinstance(caption, Caption)]
+        plan, captions = replace(self.plan, **settings), list[Caption]()  # type: ignore[arg-type]
+        for first in range(0, len(several), TOGETHER):
+            seen = [self.look(image) for image in several[first : first + TOGETHER]]
+            for one, caption in zip(seen, self.write(seen, plan, seed, wishes), strict=True):
+                if isinstance(caption, ObedienceError):
+                    raise caption
+                captions.append(self.explained(caption, one))
+        return captions
 
     def stream(self, image: str | Path | Image, seed: int = 0, wishes: Wishes = FREE, **settings: object) -> Iterator[Caption]:
         """The caption while it is denoised, [MASK] where a word is still to come: before the first step (its length comes first), after
@@ -273,7 +278,7 @@ class Captioner:
     @torch.no_grad()
     def look(self, image: str | Path | Image) -> Seen:
         """What the models see of a picture; alone, so that it is the same in every company. Raises ImageError."""
-        picture = image if isinstance(image, Image) else load_image(image)
+        picture = prepared(image) if isinstance(image, Image) else load_image(image)
         tokens = self.eyes.vision.encode([picture]).to(torch.float16).float().to(self.model.mask.device)  # as the feature cache keeps them
         alignment = self.eyes.alignment
         joint = alignment.embed_images(alignment.encode([picture]) if isinstance(alignment, PretrainedClip) else tokens)
@@ -396,6 +401,19 @@ class Captioner:
         tokens = tuple(Token(MASK, 0.0, 0) if s == HIDDEN else Token(decode(tokenizer, [i]), c, s) for i, c, s in told)
         mean = float(np.exp(np.log(np.maximum(confidence, 1e-9)).mean()))
         return Caption(" ".join(parts), mean, reward, tokens, seed, tuple(ids))
+
+
+def prepared(picture: Image) -> Image:
+    """A picture as `load_image` would have read it: upright, over white, RGB, of bounded size; a copy. Raises ImageError."""
+    try:
+        picture.load()
+        with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost the picture
+            picture = ImageOps.exif_transpose(picture)
+        rgb = _to_rgb(picture)
+        rgb.thumbnail((MAX_SIDE, MAX_SIDE))
+    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+        raise image_error("picture", error) from None
+    return rgb
 
 
 def content_key(picture: Image) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from glob import glob
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -42,6 +43,8 @@ class Item:
     """The image is a file of its own."""
     draft: str = ""
     """A caption to repair."""
+    empty: bool = False
+    """There is no image, nor a place for its caption; it only fails."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -59,6 +62,15 @@ class Item:
 
 def is_address(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
+
+
+def missed(reason: str) -> Image:
+    """What an image that cannot be had is loaded by."""
+    raise ImageError(reason)
+
+
+def _empty(name: str, file: Path, reason: str) -> Item:
+    return Item(name, _inside(name), file, partial(missed, f"{name}: {reason}"), empty=True)
 
 
 def _inside(name: str) -> Path:
@@ -116,6 +128,11 @@ def _tar(path: Path) -> Iterator[Item]:
                 name = f"{path}/{member.name}"
                 load = partial(_part, path, member.offset_data, member.size, name)
                 yield Item(name, path.stem / _inside(member.name), path, load)
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # a header, but torn: tarfile takes it for the end
+                yield _empty(str(path), path, f"damaged or cut off after {end} bytes; what was behind them is missing")
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{path}: not an uncompressed tar: {' '.join(str(error).split())}") from None
 
@@ -128,13 +145,19 @@ def load_pyarrow(where: Path) -> Any:
     return pyarrow.parquet
 
 
+_one_reads = Lock()
+"""Threads that want the same rows wait for the first one to read them."""
+
+
 @lru_cache(maxsize=2)
 def _cells(path: Path, group: int, column: str) -> list[Any]:
     return load_pyarrow(path).ParquetFile(path).read_row_group(group, [column]).column(0).to_pylist()
 
 
 def _cell(path: Path, group: int, column: str, row: int, name: str) -> Image:
-    cell = _cells(path, group, column)[row] or {}
+    with _one_reads:
+        cells = _cells(path, group, column)
+    cell = cells[row] or {}
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
     if cell.get("bytes"):
         return load_image(cell["bytes"], name)
@@ -189,8 +212,9 @@ def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
     try:
         items, rows = _parquet(path, wanted) if path.suffix == ".parquet" else [], _records(path)
         if not items:
-            rows = [row for row in rows if row[_column(list(row), wanted, path)]]
-            items = _listed([str(row[_column(list(row), wanted, path)]) for row in rows], path.parent)
+            names = [str(row[_column(list(row), wanted, path)] or "") for row in rows]
+            listed = iter(_listed([name for name in names if name], path.parent))
+            items = [next(listed) if name else _empty(f"{path}/{i}", path, "no image in this row") for i, name in enumerate(names)]
         if captions is None:
             return items
         told = [row[_column(list(row), captions, path, CAPTIONS, "caption")] for row in rows]
@@ -241,6 +265,10 @@ def find_items(
     return items + (_listed(read_lines(listing)) if listing else [])
 
 
+def _lost(text: str) -> bool:
+    return not (os.path.exists(text) or is_address(text) or text == "-" or re.search(r"^@|[*?[]", text))
+
+
 def find_drafts(text: str, recursive: bool, column: str, captions: str, ext: str) -> list[Item]:
     """Images with captions to repair: the rows of a table, or those of a folder beside which their captions lie, one a line.
 
@@ -256,5 +284,5 @@ def find_drafts(text: str, recursive: bool, column: str, captions: str, ext: str
             for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()
         ]  # fmt: skip
     if not items:
-        raise ConfigError(f"{text}: no caption in it")
+        raise ConfigError(f"{text}: no such file" if _lost(text) else f"{text}: no caption in it")
     return items

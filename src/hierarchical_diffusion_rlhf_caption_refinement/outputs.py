@@ -63,8 +63,17 @@ class Output:
         part = "" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}"
         if self.format != "txt" and self.path:
             return self.path.with_name(f"{self.path.name}{part}.log.jsonl")
-        folder = self.path or Path(os.path.relpath(os.path.commonpath([os.path.abspath(self.sidecar(item).parent) for item in items])))
+        folders = [os.path.abspath(self.sidecar(item).parent) for item in items if not item.empty] or [os.getcwd()]
+        folder = self.path or Path(os.path.relpath(os.path.commonpath(folders)))
         return folder / f"captions{part}.log.jsonl"
+
+    def keys(self, items: Sequence[Item]) -> dict[str, str]:
+        """What the log knows each name by: the real path of its text file, however it is spelled; for a table, the name itself."""
+        if self.format != "txt":
+            return {item.name: item.name for item in items}
+        texts = {item.name: Path(item.name) if item.empty else self.sidecar(item) for item in items}
+        real = {folder: os.path.realpath(folder) for folder in {path.parent for path in texts.values()}}
+        return {name: os.path.join(real[path.parent], path.name) for name, path in texts.items()}
 
 
 def make_output(path: Path | None, form: str | None, existing: str, ext: str, full_name: bool, drafts: bool = False) -> Output | None:
@@ -87,7 +96,7 @@ def make_output(path: Path | None, form: str | None, existing: str, ext: str, fu
 def check_places(output: Output, items: Sequence[Item]) -> None:
     """Raises ConfigError where captions would fall on each other or have no place, before anything is done."""
     taken: dict[Any, tuple[str, str]] = {}
-    for item in items:
+    for item in (item for item in items if not item.empty):
         place = _place(output, item)
         if place is not None and (first := taken.setdefault(place, item.key)) != item.key:
             help_ = "; --sidecar-name full writes NAME.SUFFIX" + output.ext if output.format == "txt" and not output.full_name else ""
@@ -147,7 +156,9 @@ def beside(existing: Existing, current: str, ours: bool, before: str) -> str | N
 
 
 def joined(existing: Existing, before: str, caption: str) -> str:
-    """The text file's content, a caption per line."""
+    """The text file's content, a caption per line, none that is there already once more."""
+    if caption in before.splitlines():
+        return before
     if before and not before.endswith("\n"):
         before += "\n"
     return f"{caption}\n{before}" if existing == "prepend" else f"{before}{caption}\n"

@@ -5,6 +5,7 @@ backbone and a pretrained CLIP go along whole, in the folders `vision` and `alig
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,9 +65,9 @@ class Parts:
         first, config = self.files[0], self.eyes.config
         if first.name == CONFIG:
             return json.loads(first.read_text(encoding="utf-8"))["measured"]
-        root = first.resolve().parents[len(config.models.parts)]
-        path = root / config.results / "training_summary.json"
-        where_it_was_made = root / config.models == first.resolve().parent
+        folder, models = first.resolve().parent.parts, config.models.parts
+        path = Path(*folder[: -len(models)]) / config.results / "training_summary.json"
+        where_it_was_made = folder[-len(models) :] == models
         return measured(json.loads(path.read_text(encoding="utf-8"))) if where_it_was_made and path.exists() else {}
 
 
@@ -163,8 +164,10 @@ def _from_folder(folder: Path, kind: str | None) -> Parts:
 
 def _portable(config: Config) -> Config:
     """Settings without the places of the machine that trained; what was pretrained is in the folder itself."""
-    name = config.data.path if config.data.source == "hub" else Path(config.data.path).name
-    data = replace(config.data, path=name, images="", ratings="", comparisons="")
+    place = config.data.path
+    if place and config.data.source != "hub":
+        place = os.path.basename(os.path.abspath(place)) or "data"  # "." and "/" have no name of their own
+    data = replace(config.data, path=place, images="", ratings="", comparisons="")
     clip = "alignment" if config.alignment.pretrained else ""
     vision = config.vision if config.vision.backbone == "patches" else replace(config.vision, backbone="vision")
     base = replace(config.base, backbone="", lora_rank=0)

@@ -137,6 +137,19 @@ def test_the_reward_is_the_captions_own(captioner):
     assert -4 < unknown < 4 and -4 < long < 4 and nothing == -4
 
 
+def test_pictures_are_told_apart_by_what_they_show(captioner):
+    """Not by their bytes, which are the same in different colours of a palette; and as their files would be."""
+    scene = render(sample_scene(9, "test", 0)).quantize(16)
+    other = scene.copy()
+    other.putpalette(bytes(255 - value for value in scene.getpalette()))
+    clear = scene.convert("RGBA")
+    clear.putalpha(128)
+    like, text = preference_reward(captioner), captioner(scene)[0].text
+    scores = like([""] * 3, [text] * 3, image=[scene, other, clear])
+    assert scores == [like([""], [text], image=[picture.convert("RGB")])[0] for picture in (scene, other)] + scores[2:]
+    assert len(set(scores)) == 3 and scene.tobytes() == other.tobytes()
+
+
 def test_a_captioner_without_a_reward_model_cannot_be_asked(captioner):
     with pytest.raises(ValueError, match="no reward model"):
         preference_reward(Captioner(captioner.eyes, captioner.model, None, captioner.plan))

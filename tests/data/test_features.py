@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from hierarchical_diffusion_rlhf_caption_refinement.data import features
-from hierarchical_diffusion_rlhf_caption_refinement.data.features import FeatureError, load_features
+from hierarchical_diffusion_rlhf_caption_refinement.data.features import FeatureError, check_images, load_features, read_all
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 
@@ -92,6 +92,39 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         load_features(examples, Encoder(), "v1", tmp_path / "cache")
     good = [e for i, e in enumerate(examples) if i not in (1, 5)]
     assert load_features(good, Encoder(), "v1", tmp_path / "cache").shape == (4, 2, 3)
+
+
+def test_all_unreadable_images_are_named_before_long_work(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(24)]
+    for path in paths:
+        Image.new("RGB", (64, 64), "red").save(path)
+    examples = [*SCENES, *(Example(p.name, ("x",), p) for p in paths), Example("tar/x", ("x",), read=paths[0].read_bytes)]
+    check_images(examples)
+    paths[0].write_bytes(paths[1].read_bytes()[:-60])  # begins as an image
+    check_images(examples[:-1])
+    encoder = Encoder()
+    with pytest.raises(FeatureError, match=r"^1 of 34 images cannot be read: .*0\.png: "):
+        load_features(examples[:-1], encoder, "v1", tmp_path / "cache")
+    assert encoder.seen == 8  # the rest is only looked through
+    for path in paths[1:22]:
+        path.write_bytes(b"<html>")
+    expected = "; ".join(f"{path}: not an image" for path in paths[1:20])
+    with pytest.raises(FeatureError) as error:
+        check_images(examples[:-1])
+    assert str(error.value).startswith(f"22 of 34 images cannot be read: {paths[0]}: ") and str(error.value).endswith(
+        f"; {expected} and 2 more"
+    )
+    paths[2].unlink()
+    with pytest.raises(FeatureError, match=rf"^1 of 2 images cannot be read: {paths[2]}: no such file$"):
+        check_images([examples[0], examples[12]])
+
+
+def test_images_are_read_up_to_the_first_that_cannot_be(tmp_path: Path) -> None:
+    examples = [*SCENES[:3], Example("none", ("x",), tmp_path / "none.png"), SCENES[3]]
+    images = read_all(examples, start=1)
+    assert [np.array_equal(next(images), e.image()) for e in SCENES[1:3]] == [True, True]
+    with pytest.raises(FeatureError, match=r"^1 of 5 images cannot be read: .*none\.png: no such file$"):
+        next(images)
 
 
 def test_images_count_by_their_bytes_wherever_these_are(tmp_path: Path) -> None:

@@ -15,15 +15,14 @@ import pytest
 from PIL import Image
 
 from hierarchical_diffusion_rlhf_caption_refinement.data import download, sources
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import SourceError, load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError, DataConfig
 
 
-def save_images(folder: Path, *names: str) -> None:
+def save_images(folder: Path, *names: str, colour: str = "red") -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), "red").save(folder / name)
+        Image.new("RGB", (4, 4), colour).save(folder / name)
 
 
 def save_rows(path: Path, *rows: object) -> DataConfig:
@@ -110,12 +109,26 @@ def test_missing_splits_come_from_training_and_stay_when_images_are_added(tmp_pa
     assert {e.key for e in few["val"]} <= {e.key for e in many["val"]} or len(few["val"]) == 1
 
 
-def test_numbers_are_upper_limits(tmp_path: Path) -> None:
+def test_numbers_are_upper_limits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_images(tmp_path, *[f"{i}.png" for i in range(9)])
     rows = [{"image": f"{i}.png", "captions": ["x"], "split": ("train", "val", "test")[i % 3]} for i in range(9)]
     path = save_rows(tmp_path / "rows.jsonl", *rows).path
     splits = load_examples(DataConfig(source="jsonl", path=path, train=2, val=0, test=5), seed=0)
     assert [len(splits[s]) for s in ("train", "val", "test")] == [2, 3, 3]
+    assert caplog.messages == ["using 2 of 3 training images (data.train)"]
+    load_examples(DataConfig(source="jsonl", path=path, train=1, val=3, test=2), seed=0)
+    assert caplog.messages[1:] == ["using 1 of 3 training images (data.train), 2 of 3 test images (data.test)"]
+
+
+def test_a_file_spelled_in_two_ways_is_one_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_images(tmp_path, "a.png", "b/c.png", "d.png")
+    rows = ("a.png", "train"), ("./a.png", "train"), ("b//c.png", "val"), ("b/../d.png", "test"), (str(tmp_path / "d.png"), "test")
+    path = save_rows(tmp_path / "rows.jsonl", *({"image": n, "captions": [n], "split": split} for n, split in rows), {"image": "./a.png",
+                     "captions": ["leak"], "split": "test"}).path  # fmt: skip
+    found = load("jsonl", path)
+    assert found["train"] == [("a.png", ("a.png", "./a.png"))] and found["val"] == [("b/c.png", ("b//c.png",))]
+    assert [key for key, _ in found["test"]] == ["d.png", str(tmp_path / "d.png")]
+    assert caplog.messages == [f"1 images or rows left out: {path}:6: a.png is already in split train"]
 
 
 def test_folder_with_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +269,7 @@ def test_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torn.write_bytes(torn.read_bytes()[: 512 * 6])
     write_json(tmp_path / "train" / "00000_stats.json", {"count": 9, "status_dict": {"success": 5, "HTTP Error 404: Not Found": 4}})
     assert load("webdataset", tmp_path) == {
-        "train": [("00000/000000000", ("a red square",)), ("00000/000000001", ("a blue square",))],
+        "train": [("train/00000/000000000", ("a red square",)), ("train/00000/000000001", ("a blue square",))],
         "val": [("cc3m-validation-0000/0", ("val",))],
         "test": [("cc3m-test-0000/0", ("test",))],
     }
@@ -275,6 +288,23 @@ def test_webdataset(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(SourceError, match=r"no captioned image; first of 1 problems: .*bad\.tar: "):
         load("webdataset", tmp_path / "bad.tar")
+
+
+@pytest.mark.parametrize("path", ["", "*/*.tar", "**/0*.tar"])
+def test_shards_of_one_name_in_two_folders_are_apart(tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As img2dataset leaves them, called once per split."""
+    for split in ("train", "val", "test"):
+        save_tar(tmp_path / split / "00000.tar", {"0.png": encoded(), "0.txt": f"of {split}"})
+    folders = {split: [(f"{split}/00000/0", (f"of {split}",))] for split in ("train", "val", "test")}
+    assert load("webdataset", tmp_path / path) == folders and not caplog.messages
+
+
+@pytest.mark.parametrize("path", ["", "*.tar", "cc-*.tar"])
+def test_shards_of_one_folder_are_called_by_their_names(tmp_path: Path, path: str) -> None:
+    for split in ("train", "val", "test"):
+        save_tar(tmp_path / f"cc-{split}.tar", {"deep/0.png": encoded(), "deep/0.txt": "x"})
+    found = load("webdataset", tmp_path / path)
+    assert [key for examples in found.values() for key, _ in examples] == ["cc-train/deep/0", "cc-val/deep/0", "cc-test/deep/0"]
 
 
 @pytest.fixture
@@ -362,18 +392,30 @@ def test_hub_with_images(tmp_path: Path, hub: Any, caplog: pytest.LogCaptureFixt
     assert splits["val"][0].content() == encoded("blue") and splits["val"][0].image().getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_a_hub_row_without_image_is_named(tmp_path: Path, hub: Any) -> None:
-    cells = [{"bytes": encoded(), "path": None}, None, {"bytes": encoded(), "path": None}]
-    rows = hub.Dataset.from_dict({"image": cells, "TEXT": list("abc"), "split": list(sources.SPLITS)})
+def test_a_hub_row_without_image_is_named(tmp_path: Path, hub: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cells = [None if c is None else {"bytes": encoded(c), "path": None} for c in ("red", None, "green", "blue")]
+    rows = hub.Dataset.from_dict({"image": cells, "TEXT": list("abcd"), "split": ["train", "train", "val", "test"]})
     rows.cast_column("image", hub.Image()).to_parquet(tmp_path / "data" / "train.parquet")
-    splits = load_examples(DataConfig(source="hub", path=str(tmp_path / "data")), seed=0)
-    with pytest.raises(ImageError, match=r"^train/1: no image in this row$"):
-        splits["val"][0].image()
-    assert splits["test"][0].image().getpixel((0, 0)) == (255, 0, 0)
+    assert load("hub", tmp_path / "data") == {"train": [("train/0", ("a",))], "val": [("train/2", ("c",))], "test": [("train/3", ("d",))]}
+    assert caplog.messages == [f"1 images or rows left out: {tmp_path / 'data'}:train[1]: no image in this row"]
+
+
+def test_hub_rows_of_one_image_are_joined_and_stay_in_one_split(tmp_path: Path, hub: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A data set may have a row per caption."""
+    greys = [encoded(f"rgb({i}, {i}, {i})") for i in range(40)]
+    for split, images in {"train": [*greys, *greys], "test": [encoded("red"), greys[0]]}.items():
+        rows = {"image": [{"bytes": data, "path": None} for data in images], "text": [f"{split} {i}" for i in range(len(images))]}
+        hub.Dataset.from_dict(rows).cast_column("image", hub.Image()).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    splits = load("hub", tmp_path / "data")
+    assert splits["test"] == [("test/0", ("test 0",))] and 0 < len(splits["val"]) < 10
+    joined = [(f"train/{i}", (f"train {i}", f"train {i + 40}")) for i in range(40)]
+    assert sorted(splits["train"] + splits["val"]) == sorted(joined)
+    assert caplog.messages == [f"1 images or rows left out: {tmp_path / 'data'}:test[1]: train/0 is already in split train"]
 
 
 def test_hub_with_files_and_a_column_of_splits(tmp_path: Path, hub: Any) -> None:
-    save_images(tmp_path / "data" / "test", "a.png", "b.png", "c.png")
+    for name, colour in zip("abc", ("red", "green", "blue"), strict=True):
+        save_images(tmp_path / "data" / "test", f"{name}.png", colour=colour)
     rows = [{"file_name": f"{name}.png", "text": name, "split": split} for name, split in zip("abc", ("train", "val", "test"), strict=True)]
     save_rows(tmp_path / "data" / "test" / "metadata.jsonl", *rows)
     assert load("hub", tmp_path / "data") == {"train": [("test/0", ("a",))], "val": [("test/1", ("b",))], "test": [("test/2", ("c",))]}

@@ -8,11 +8,14 @@ from transformers import PreTrainedTokenizerFast
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import (
     banned_ids,
     build_tokenizer,
+    contains,
     decode,
     decode_rows,
     encode,
     load_tokenizer,
     pad,
+    said,
+    spell,
     unknown_id,
     words_and_owners,
 )
@@ -33,6 +36,35 @@ def test_rare_and_unknown_words() -> None:
     assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__) == ["<pad>", "<unk>", "a", "dog"]
     assert encode(tokenizer, ["a zebra", "", "..."]) == [[2, 1], [], []]
     assert unknown_id(tokenizer) == 1 and banned_ids(tokenizer) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("नमस्ते, दुनिया!", ["नमस्ते", "दुनिया"]),
+        ("தமிழ் நாடு", ["தமிழ்", "நாடு"]),
+        ("Ca\u0301i nha\u0300 đe\u0323p", ["cái", "nhà", "đẹp"]),  # letters and their marks apart
+        ("İstanbul", ["i\u0307stanbul"]),
+        ("12 m² ½", ["12", "m"]),
+        ("ΟΔΟΣ", ["οδοσ"]),
+    ],
+)
+def test_words_are_the_same_to_all_who_count_look_up_and_search_them(caption: str, words: list[str]) -> None:
+    tokenizer = build_tokenizer([caption], 1)
+    (ids,) = encode(tokenizer, [caption])
+    assert said(caption) == words == [tokenizer.id_to_token(i) for i in ids] and set(tokenizer.get_vocab()) == {"<pad>", "<unk>", *words}
+    assert said(decode(tokenizer, ids)) == words and contains(said(caption), said(words[0]))
+    assert spell(tokenizer, caption, True) == ids
+
+
+def test_what_a_vocabulary_cannot_spell_is_named() -> None:
+    tokenizer = build_tokenizer(["a red dog", "a bed"], 1)
+    with pytest.raises(ConfigError, match=r"^'zed' is not among the 6 words that this model knows; near are: red, bed, "):
+        spell(tokenizer, "a Zed dog", True)
+    other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "dog": 2}, unk_token="<unk>"))  # to which 🦓 is a word
+    other.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"^'a 🦓' is not among the 3 words"):
+        spell(other, "a 🦓", True)
 
 
 def test_a_vocabulary_without_a_word_is_refused() -> None:

@@ -1,17 +1,21 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hierarchical_diffusion_rlhf_caption_refinement.data.features import FeatureError
+from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, pad
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES
 from hierarchical_diffusion_rlhf_caption_refinement.models.vision import to_pixels
 from hierarchical_diffusion_rlhf_caption_refinement.training.alignment import (
     AlignmentBatch,
     AlignmentTrainee,
+    alignment_inputs,
     objective,
     retrieval,
     shuffled_ids,
@@ -80,3 +84,12 @@ def test_an_encoder_wider_than_the_towers_fits_below_them(world: Any, run_of: Ca
     eyes = train_alignment(run, world.examples)
     image = eyes.vision.encode([world.examples["val"][0].image()])
     assert image.shape == (1, 16, 48) and eyes.alignment.embed_images(image).shape == (1, 32)
+
+
+def test_images_that_cannot_be_read_are_all_named_before_training(world: Any, run_of: Callable[..., Run], tmp_path: Path) -> None:
+    bad = {split: Example(split, ("a red star",), tmp_path / f"{split}.png") for split in ("train", "test")}
+    examples = {split: [*some, bad[split]] if split in bad else some for split, some in world.examples.items()}
+    with pytest.raises(FeatureError, match=r"^2 of 44 images cannot be read: .*/train\.png: no such file; .*/test\.png: no such file$"):
+        train_alignment(run_of(world.config), examples)
+    with pytest.raises(FeatureError, match=r"^1 of 3 images cannot be read: .*/train\.png: no such file$"):
+        alignment_inputs(run_of(world.config), world.eyes, [bad["train"], *examples["train"][:2]])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..captioner import Captioner, Seen
+from ..captioner import Captioner, Seen, prepared
 from ..data.preferences import OTHER, PROMPT, PreferenceError, read_comparisons, to_trl
 from ..data.text import encode, pad
 from ..models.reward import BOUND
@@ -36,7 +36,7 @@ def preference_reward(captioner: Captioner, column: str = "image") -> Callable[.
     def people_like_it(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         scores, seen = [], dict[tuple[Any, bytes], Seen]()
         for picture, completion in zip(columns[column], completions, strict=True):
-            picture = picture[0] if isinstance(picture, list) else picture
+            picture = prepared(picture[0] if isinstance(picture, list) else picture)
             key = picture.size, picture.tobytes()
             looked = seen[key] = seen.get(key) or captioner.look(picture)
             x0, length = (x.to(device) for x in pad(encode(captioner.eyes.tokenizer, [_text(completion)]), captioner.model.max_length))

@@ -5,8 +5,11 @@ Axes: N examples, P image tokens, D width.
 
 import fcntl
 import hashlib
+import io
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,10 +24,48 @@ from .sources import Example
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
+NAMED = 20
+"""Unreadable images that an error names."""
 
 
 class FeatureError(ValueError):
-    """Images whose features cannot be computed; the message is one line that names the first few."""
+    """Images whose features cannot be computed; the message is one line that names them, up to NAMED."""
+
+
+def read_all(examples: Sequence[Example], start: int = 0) -> Iterator[Image.Image]:
+    """The images from `start` on; from the first that cannot be read the rest is only looked through, to name all that are bad at once.
+
+    Raises FeatureError.
+    """
+    problems: list[str] = []
+    for example in examples[start:]:
+        try:
+            image = example.image()
+        except ImageError as error:
+            problems.append(str(error))
+            continue
+        if not problems:
+            yield image
+    if problems:
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise FeatureError(f"{len(problems)} of {len(examples)} images cannot be read: {'; '.join(problems[:NAMED])}{more}")
+
+
+def _opens(example: Example) -> bool:
+    """Whether the file begins as an image does."""
+    try:
+        file = io.BytesIO(example.content()) if example.read else example.path or example.key
+        with warnings.catch_warnings(action="ignore"), Image.open(file):
+            return True
+    except Exception:  # decoders raise whatever a damaged file makes them trip over
+        return False
+
+
+def check_images(examples: Sequence[Example]) -> None:
+    """A quick look before long work: if one file is no image, all are read to name those that cannot be used. Raises FeatureError."""
+    if not all(example.scene is not None or _opens(example) for example in examples):
+        for _ in read_all(examples):
+            pass
 
 
 def _content(example: Example) -> bytes:
@@ -74,28 +115,19 @@ def _compute(
     partial: Path, examples: Sequence[Example], encode: Callable[[list[Image.Image]], Tensor], on_progress: Callable[[int, int], None]
 ) -> None:
     partial.touch()
-    problems: list[str] = []
     with partial.open("r+b") as file:
         done = _resume(file, len(examples))
         on_progress(done, len(examples))
+        images = read_all(examples, done)
         while done < len(examples):
-            images: list[Image.Image] = []
             chunk = examples[done : done + CHUNK]
-            for example in chunk:
-                try:
-                    images.append(example.image())
-                except ImageError as error:
-                    problems.append(str(error))
-            if not problems:  # else only the remaining images are still tried, to name all that are bad at once
-                features = encode(images).to(torch.float16).cpu().numpy()
-                if not np.isfinite(features).all():
-                    raise FeatureError(f"features of {chunk[0].key} to {chunk[-1].key} are not finite in 16 bits")
-                _append(file, features, done, len(examples))
+            features = encode(list(islice(images, CHUNK))).to(torch.float16).cpu().numpy()
+            if not np.isfinite(features).all():
+                raise FeatureError(f"features of {chunk[0].key} to {chunk[-1].key} are not finite in 16 bits")
+            _append(file, features, done, len(examples))
             done += len(chunk)
             on_progress(done, len(examples))
         os.fsync(file.fileno())
-    if problems:
-        raise FeatureError(f"{len(problems)} of {len(examples)} images cannot be read: {'; '.join(problems[:3])}")
 
 
 def load_features(

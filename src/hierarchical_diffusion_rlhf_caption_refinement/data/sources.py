@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import posixpath
 import random
 import re
 import tarfile
@@ -27,6 +28,7 @@ from .scenes import Scene, Split, render, sample_scene, write_caption
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ALIASES: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+NAMES: dict[Split, str] = {"train": "training", "val": "validation", "test": "test"}
 HELD_OUT = 0.05
 """Share of the training images that become the val or the test split where the source has none."""
 
@@ -143,6 +145,11 @@ def _split_in(name: str, separator: str = "[^a-z]+") -> Split | None:
     return next((ALIASES[part] for part in re.split(separator, name.lower()) if part in ALIASES), None)
 
 
+def _top(path: str) -> Path:
+    """The folder below which `_files` looks: the path itself, a glob's part before its first wildcard, or the file's folder."""
+    return Path(path) if Path(path).is_dir() else Path(os.path.dirname(re.split(r"[*?[]", path)[0]))
+
+
 def _name(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
@@ -185,7 +192,7 @@ def _table(path: Path, root: Path, image: str, captions: str) -> Iterator[Row]:
             elif not isinstance(row, dict) or not isinstance(row.get(image), str) or not row[image]:
                 yield Row(where, problem=f"expected an object with {image}, {captions} and perhaps split")
             else:
-                yield Row(where, row[image], row.get(captions), row.get("split"), root / row[image])
+                yield Row(where, posixpath.normpath(row[image]), row.get(captions), row.get("split"), root / row[image])
     except ImportError:
         raise SourceError(f'{path}: reading it needs pyarrow: pip install ".[data]"') from None
     except (ValueError, csv.Error) as error:
@@ -251,18 +258,19 @@ def _part(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _sample(file: Path, key: str, parts: dict[str, Callable[[], bytes]]) -> Row:
-    """Of the members of a tar whose names differ in the suffix alone."""
+def _sample(file: Path, name: str, key: str, parts: dict[str, Callable[[], bytes]]) -> Row:
+    """Of the members of a tar, here called `name`, whose names differ in the suffix alone."""
     facts = _parse(parts["json"]()) if "json" in parts else {}
     facts = facts if isinstance(facts, dict) else {}
     text = parts["txt"]().decode(errors="replace") if "txt" in parts else facts.get("caption") or ""
     read = next((read for suffix, read in parts.items() if f".{suffix}" in SUFFIXES), None)
     told = [str(facts[name]) for name in ("status", "error_message") if facts.get(name)]
-    return Row(f"{file}:{key}", f"{file.stem}/{key}", text, read=read, problem="" if read else ": ".join(["no image", *told]))
+    problem = "" if read else ": ".join(["no image", *told])
+    return Row(f"{file}:{key}", f"{name}/{key}", text, _split_in(name), read=read, problem=problem)
 
 
 def _webdataset(config: DataConfig) -> Iterator[Row]:
-    """Images stay within the tars. What img2dataset counted in *_stats.json is reported."""
+    """Images stay within the tars, and shards of one name in two folders apart. What img2dataset counted in *_stats.json is reported."""
     links: Counter[str] = Counter()
     for file in _files(config.path, "*.tar"):
         samples: dict[str, dict[str, Callable[[], bytes]]] = defaultdict(dict)
@@ -275,8 +283,8 @@ def _webdataset(config: DataConfig) -> Iterator[Row]:
                         samples[folder + slash + stem][suffix.lower()] = partial(_part, file, member.offset_data, member.size)
         except tarfile.TarError as error:
             yield Row(str(file), problem=f"{error}; what comes before is used")
-        split = _split_in(_name(file, Path(config.path)) if Path(config.path).is_dir() else file.name)
-        yield from (replace(_sample(file, key, parts), split=split) for key, parts in samples.items())
+        name = _name(file.with_suffix(""), _top(config.path))
+        yield from (_sample(file, name, key, parts) for key, parts in samples.items())
         with contextlib.suppress(OSError, ValueError, AttributeError):
             counted = json.loads(file.with_name(f"{file.stem}_stats.json").read_bytes()).get("status_dict", {})
             links.update({"" if status == "success" else status: number for status, number in counted.items()})
@@ -340,8 +348,11 @@ def _cell(column: Any, index: int) -> bytes:
     return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
-def _hub_rows(where: str, part: Any, split: Split | None, folder: Path) -> Iterator[Row]:
-    """Of one split of a Hugging Face data set, whose images are read when they are asked for."""
+def _hub_rows(where: str, part: Any, split: Split | None, folder: Path, first: dict[bytes, str]) -> Iterator[Row]:
+    """Of one split of a Hugging Face data set. Images in it are read again when they are asked for; here their hashes tell equal ones.
+
+    `first` has the name of the first row with each image, which is its key: a data set may have a row per caption.
+    """
     from datasets import Image as Picture
 
     names = {name.lower(): name for name in reversed(part.column_names)}
@@ -355,7 +366,13 @@ def _hub_rows(where: str, part: Any, split: Split | None, folder: Path) -> Itera
     for number, row in enumerate(texts):
         rest = {"where": f"{where}[{number}]", "captions": row[caption], "split": row.get("split") or split}
         if image:
-            yield Row(key=f"{where.rpartition(':')[2]}/{number}", read=partial(_cell, pictures, number), **rest)
+            read = partial(_cell, pictures, number)
+            try:
+                digest = hashlib.sha256(read()).digest()
+            except OSError as error:
+                yield Row(rest["where"], problem=error.strerror or str(error))
+                continue
+            yield Row(key=first.setdefault(digest, f"{where.rpartition(':')[2]}/{number}"), read=read, **rest)
         else:
             yield Row(key=str(row[url]), path=image_file(folder, str(row[url])), **rest)
 
@@ -371,14 +388,15 @@ def _hub(config: DataConfig) -> Iterator[Row]:
         raise SourceError(f"{config.path}: {' '.join(str(error).split())}") from None
     folder = Path(config.images or Path("cache") / f"{Path(config.path).name}_images")
     remote: Parts = defaultdict(list)
+    first: dict[bytes, str] = {}
     for name, part in parts.items():
         split, where = _split_in(str(name)), f"{config.path}:{name}"
         if split is None and "split" not in part.column_names:
             yield Row(where, problem="unknown split")
         elif any(isinstance(kind, datasets.Image) for kind in part.features.values()):
-            yield from _hub_rows(where, part, split, folder)
+            yield from _hub_rows(where, part, split, folder, first)
         else:
-            remote[split or "train"].append(partial(_hub_rows, where, part, split, folder))
+            remote[split or "train"].append(partial(_hub_rows, where, part, split, folder, first))
     if remote:
         yield from _fetched(remote, config, folder)
 
@@ -412,7 +430,7 @@ def _split(found: list[Found]) -> dict[str, list[Example]]:
 
 
 def load_examples(config: DataConfig, seed: int) -> dict[str, list[Example]]:
-    """Examples of train, val and test. Rows that cannot be used are logged, each with file, line and reason.
+    """Examples of train, val and test. Rows that cannot be used are logged, each with file, line and reason, and what the limits leave out.
 
     Raises SourceError if a split ends up without examples.
     """
@@ -433,5 +451,8 @@ def load_examples(config: DataConfig, seed: int) -> dict[str, list[Example]]:
     splits = _split(found)
     if empty := [split for split in SPLITS if not splits[split]]:
         raise SourceError(f"{config.path}: no example for {', '.join(empty)}; {len(found)} captioned images in all")
-    caps = {"train": config.train, "val": config.val, "test": config.test}
-    return {split: examples[: caps[split] or None] for split, examples in splits.items()}
+    used = {split: examples[: getattr(config, split) or None] for split, examples in splits.items()}
+    cut = {s: f"{len(used[s])} of {len(splits[s])} {name} images (data.{s})" for s, name in NAMES.items() if len(used[s]) < len(splits[s])}
+    if cut:
+        logging.getLogger(__name__).warning("using %s", ", ".join(cut.values()))
+    return used

@@ -1,8 +1,6 @@
 """Captions as token ids and back, and which word each token belongs to."""
 
 import difflib
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,18 +12,20 @@ from torch import Tensor
 from ..utils.config import ConfigError
 
 PAD, UNKNOWN_WORD = "<pad>", "<unk>"
-_WORD = r"[^\W_]+(?:['’\-][^\W_]+)*"
+_NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+_SPLITTER = pre_tokenizers.Split(Regex(r"[^\W_]+(?:['’\-][^\W_]+)*"), "removed", invert=True)
+"""What a word is, for the tokenizer and for everything else: Python's `re` would leave marks out of it, and take in ² and ½."""
 
 
 def build_tokenizer(captions: Iterable[str], min_count: int) -> Tokenizer:
     """A vocabulary of the lower-cased words that occur at least `min_count` times; punctuation is dropped."""
-    counts = Counter(word for caption in captions for word in re.findall(_WORD, caption.lower()))
+    counts = Counter(word for caption in captions for word in said(caption))
     words = [PAD, UNKNOWN_WORD, *sorted(w for w, n in counts.items() if n >= min_count)]
     if len(words) == 2:
         raise ConfigError(f"data.min_count={min_count}: none of the {len(counts)} words of the training captions occurs that often")
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN_WORD))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "removed", invert=True)  # type: ignore[assignment]
+    tokenizer.normalizer = _NORMALIZER  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = _SPLITTER  # type: ignore[assignment]
     return tokenizer
 
 
@@ -53,7 +53,7 @@ def unknown_id(tokenizer: Tokenizer) -> int:
 
 def said(text: str) -> list[str]:
     """The words of a text, lower-cased, without punctuation."""
-    return re.findall(_WORD, unicodedata.normalize("NFC", text).lower())
+    return [word for word, _ in _SPLITTER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
 
 
 def contains(words: Sequence[str], phrase: Sequence[str]) -> bool:
@@ -66,7 +66,8 @@ def spell(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
     ids = tokenizer.encode(text.strip() if first else f" {text.strip()}", add_special_tokens=False).ids
     if unknown_id(tokenizer) in ids:
         known = sorted(tokenizer.get_vocab())
-        word = next(w for w in said(text) if tokenizer.token_to_id(w) is None)
+        strange = (w for w in said(text) if unknown_id(tokenizer) in tokenizer.encode(w, add_special_tokens=False).ids)
+        word = next(strange, text.strip())  # another's tokenizer may lack what is no word, such as 🦓
         near = difflib.get_close_matches(word, [w for w in known if said(w) == [w]], n=3, cutoff=0.0)
         raise ConfigError(f"'{word}' is not among the {len(known)} words that this model knows; near are: {', '.join(near)}")
     if not ids:

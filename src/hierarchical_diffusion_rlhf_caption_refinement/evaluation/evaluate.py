@@ -225,7 +225,7 @@ def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
     tokens = load_features(examples, eyes.vision.encode, eyes.vision.fingerprint(), cache)
     seen = tokens
     if isinstance(eyes.alignment, PretrainedClip):
-        seen = load_features(examples, eyes.alignment.encode, f"clip {eyes.config.alignment.pretrained}", cache)
+        seen = load_features(examples, eyes.alignment.encode, f"clip {eyes.alignment.fingerprint}", cache)
     with torch.no_grad():
         parts = (torch.from_numpy(seen[i : i + 256].astype(np.float32)).to(eyes.vision.device) for i in range(0, len(seen), 256))
         joint = torch.cat([eyes.alignment.embed_images(part).cpu() for part in parts])

@@ -187,7 +187,9 @@ def reward_beside(captioner: Path, eyes: Eyes, words: Words) -> tuple[Path, Rewa
 
     Raises OtherEyesError if its eyes are not the captioner's: what it would make of its captions means nothing.
     """
-    folders = [captioner.parent, *([Path(eyes.config.start_from)] if eyes.config.start_from else [])]
+    start = eyes.config.start_from  # relative to where training ran, which is above the captioner unless this was moved away
+    earlier = [*(above / start for above in captioner.absolute().parents), Path(start)] if start else []
+    folders = [captioner.parent, *earlier]
     path = next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
     if path is None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.corpus import Corpus
-from ..data.features import load_features
+from ..data.features import check_images, load_features, read_all
 from ..data.sources import Example
 from ..data.streams import batch_indices
 from ..data.text import banned_ids, build_tokenizer, load_tokenizer, pad
@@ -128,6 +128,7 @@ def as_tensor(array: np.ndarray) -> Float[Tensor, "B ..."]:
 def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
     """The frozen eyes of all later stages, saved as alignment_model.pt; pretrained parts are taken as they are."""
     config, path = run.config, run.config.models / FILES["alignment"]
+    check_images([example for some in examples.values() for example in some])
     texts = [caption for example in examples["train"] for caption in example.captions]
     name = config.base.backbone or config.data.tokenizer
     tokenizer = build_tokenizer(texts, config.data.min_count) if name == "words" else load_tokenizer(name)
@@ -136,7 +137,7 @@ def train_alignment(run: Run, examples: dict[str, list[Example]]) -> Eyes:
     if isinstance(vision, PretrainedVision):
         vision.to(run.device)
         chosen = batch_indices(len(examples["train"]), min(PCA_IMAGES, len(examples["train"])), 0, config.seed, "pca")
-        vision.fit_pca(examples["train"][i].image() for i in chosen)
+        vision.fit_pca(read_all([examples["train"][i] for i in chosen]))
     alignment = build_alignment(config, tokenizer, vision.width)
     eyes = Eyes(config, tokenizer, banned_ids(tokenizer), vision, alignment)
     if isinstance(alignment, PretrainedClip):
@@ -177,5 +178,5 @@ def fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dic
 def alignment_inputs(run: Run, eyes: Eyes, examples: list[Example]) -> np.ndarray:
     """What the trainee reads: pixels if the image encoder is trained along, else its cached tokens."""
     if isinstance(eyes.vision, PatchEncoder):
-        return np.concatenate([to_pixels([example.image()], eyes.vision.image_size).numpy() for example in examples]).astype(np.float16)
+        return np.concatenate([to_pixels([image], eyes.vision.image_size).numpy() for image in read_all(examples)]).astype(np.float16)
     return load_features(examples, eyes.vision.encode, eyes.vision.fingerprint(), run.cache)

@@ -3,8 +3,10 @@
 Axes: n pairs, T caption length.
 """
 
+import logging
+import posixpath
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +23,7 @@ from ..data.preferences import (
     OWN_CAPTION,
     Comparison,
     Rating,
+    Record,
     flip,
     from_trl,
     ratings_to_comparisons,
@@ -195,6 +198,15 @@ def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Co
     return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
 
 
+def about(images: Container[str], records: Sequence[Record], what: str) -> list[Record]:
+    """Ratings or comparisons of these images, ./a.png being a.png as in the data set's own rows; how many are of none of them is logged."""
+    named = [r if r.image in images else replace(r, image=posixpath.normpath(r.image)) for r in records]
+    kept = [r for r in named if r.image in images]
+    if len(kept) < len(records):
+        logging.getLogger(__name__).warning("%d of %d %s", len(records) - len(kept), len(records), what)
+    return kept
+
+
 def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
     """Train (shuffled), val and test by image; captions that repeat themselves are among those of train and val, apart for the report."""
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
@@ -206,7 +218,7 @@ def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, 
 
 def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgements:
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
-    ratings = [r for r in read_ratings(Path(config.data.ratings)) if r.image in corpus.row_of]
+    ratings = about(corpus.row_of, read_ratings(Path(config.data.ratings)), "ratings name no test image of the data set")
     found = split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config)
     return replace(found, rater_agreement=rating_agreement([r for r in ratings if r.origin != OWN_CAPTION], config.seed))
 
@@ -215,6 +227,8 @@ def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Cor
     """Comparisons that people made of captions of any of the data set's images, split by image, whatever split of the captions it is in."""
     path = Path(config.data.comparisons)
     found = from_trl(path) if path.name == "metadata.jsonl" else read_comparisons(path)
+    keys = {key for corpus in corpora.values() for key in corpus.row_of}
+    found = about(keys, found, "comparisons name no image of the data set")
     corpus = of_images(corpora, {c.image for c in found})
     one_way = to_pairs([c if c.a <= c.b else flip(c) for c in found], corpus)  # a second rater may have had them the other way round
     return replace(split_pairs(found, base, corpus, config), rater_agreement=agreement(one_way))
