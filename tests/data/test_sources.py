@@ -121,13 +121,15 @@ def test_numbers_are_upper_limits(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_a_file_spelled_in_two_ways_is_one_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_images(tmp_path, "a.png", "b/c.png", "d.png")
-    rows = ("a.png", "train"), ("./a.png", "train"), ("b//c.png", "val"), ("b/../d.png", "test"), (str(tmp_path / "d.png"), "test")
-    path = save_rows(tmp_path / "rows.jsonl", *({"image": n, "captions": [n], "split": split} for n, split in rows), {"image": "./a.png",
-                     "captions": ["leak"], "split": "test"}).path  # fmt: skip
-    found = load("jsonl", path)
-    assert found["train"] == [("a.png", ("a.png", "./a.png"))] and found["val"] == [("b/c.png", ("b//c.png",))]
-    assert [key for key, _ in found["test"]] == ["d.png", str(tmp_path / "d.png")]
+    save_images(tmp_path, "a.png", "b/c.png", "d.png", "e.png")
+    whole = str(tmp_path / "e.png")
+    rows = ("a.png", "train"), ("./a.png", "train"), ("b//c.png", "val"), ("b/../d.png", "test"), (whole, "test"), ("./a.png", "test")
+    path = save_rows(tmp_path / "rows.jsonl", *({"image": name, "captions": [name], "split": split} for name, split in rows)).path
+    assert load("jsonl", path) == {
+        "train": [("a.png", ("a.png", "./a.png"))],
+        "val": [("b/c.png", ("b//c.png",))],
+        "test": [("d.png", ("b/../d.png",)), (whole, (whole,))],
+    }
     assert caplog.messages == [f"1 images or rows left out: {path}:6: a.png is already in split train"]
 
 
