@@ -76,8 +76,8 @@ def test_a_picture_is_seen_as_its_file_is(captioner, scenes, tmp_path, kind):
 def test_a_picture_that_cannot_be_read_is_an_image_error(captioner, scenes, tmp_path):
     scenes[0].save(tmp_path / "0.png")
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:300])
-    with pytest.raises(ImageError, match="^picture: "):
-        captioner(Image.open(tmp_path / "0.png"))
+    with Image.open(tmp_path / "0.png") as picture, pytest.raises(ImageError, match=r"^picture: "):
+        captioner(picture)
 
 
 def test_many_pictures_are_captioned_a_few_at_a_time(captioner, scenes, monkeypatch):

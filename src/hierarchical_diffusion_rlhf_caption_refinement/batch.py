@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 from PIL.Image import Image
 from rich.console import Console
@@ -125,7 +126,7 @@ def ahead(tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Image]"]]:
             yield waiting.popleft()
 
 
-def without_torn_line(file: BinaryIO, step: int = 1 << 16) -> None:
+def without_torn_line(file: BufferedIOBase, step: int = 1 << 16) -> None:
     """Cut off what follows the last line's end; the file is read from behind as far as that."""
     start = file.seek(0, os.SEEK_END)
     while start:
@@ -180,7 +181,7 @@ class Log:
         beside, found = {self.path.parent.resolve(), *(Path(text).parent for text in self.keys.values())}, list[Path]()
         for folder in sorted(beside.union(*(below.parents for below in beside))):
             with suppress(OSError):  # one that may not be looked into, or is none
-                found += logs_of(folder / "captions")
+                found += [log for log in logs_of(folder / "captions") if os.access(log, os.R_OK)]
         return found
 
     def _key(self, row: Row, folder: str) -> str | None:

@@ -46,6 +46,11 @@ def test_our_schedules_as_its_scheduler(captioner, scenes, schedule):
     assert found == ours(captioner, scenes, steps=4, schedule=schedule)
 
 
+def test_pictures_of_any_mode_are_captioned(captioner, scenes):
+    clear = [scene.convert("RGBA") for scene in scenes[:3]]
+    assert denoise(captioner, clear, RevealScheduler("linear"), 4) == ours(captioner, scenes[:3], steps=4)
+
+
 def test_its_sampling_options_reach_the_step(captioner, scenes):
     hot = [denoise(captioner, scenes, RevealScheduler("linear"), 4, temperature=3.0, generator=torch.manual_seed(i)) for i in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]

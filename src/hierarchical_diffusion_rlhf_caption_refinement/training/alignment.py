@@ -28,7 +28,7 @@ from ..utils.seeding import generator, seed_of
 from .engine import Row
 from .run import Run
 
-FEW_IMAGES = 100
+FEW_IMAGES = 20
 """Validation images fewer than these choose the weights by mean reciprocal rank: among ten, all are among the first ten."""
 PCA_IMAGES = 1000
 """Training images that the projection of a frozen backbone is fitted on."""
