@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, ObedienceError, Wishes, content_key, prepared
-from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, load_image
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Caption, Captioner, ObedienceError, Wishes, content_key
+from hierarchical_diffusion_rlhf_caption_refinement.data.images import ImageError, load_image, prepared
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode, said
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import layouts

@@ -11,11 +11,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from PIL.Image import Image
 from torch import Tensor
 
-from .data.images import MAX_SIDE, _to_rgb, image_error, load_image
+from .data.images import load_image, prepared
 from .data.text import contains, decode, decode_rows, pad, said, spell, spellings, unknown_id, words_and_owners
 from .evaluation.evaluate import best_candidates, fit_of, pick
 from .models.alignment import PretrainedClip, leave_one_word_out
@@ -401,19 +400,6 @@ class Captioner:
         tokens = tuple(Token(MASK, 0.0, 0) if s == HIDDEN else Token(decode(tokenizer, [i]), c, s) for i, c, s in told)
         mean = float(np.exp(np.log(np.maximum(confidence, 1e-9)).mean()))
         return Caption(" ".join(parts), mean, reward, tokens, seed, tuple(ids))
-
-
-def prepared(picture: Image) -> Image:
-    """A picture as `load_image` would have read it: upright, over white, RGB, of bounded size; a copy. Raises ImageError."""
-    try:
-        picture.load()
-        with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost the picture
-            picture = ImageOps.exif_transpose(picture)
-        rgb = _to_rgb(picture)
-        rgb.thumbnail((MAX_SIDE, MAX_SIDE))
-    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise image_error("picture", error) from None
-    return rgb
 
 
 def content_key(picture: Image) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..captioner import Captioner, Seen, prepared
+from ..captioner import Captioner, Seen
+from ..data.images import prepared
 from ..data.preferences import OTHER, PROMPT, PreferenceError, read_comparisons, to_trl
 from ..data.text import encode, pad
 from ..models.reward import BOUND

@@ -73,13 +73,25 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
         if max(image.size) > MAX_SIDE:
             image.draft(None, (MAX_SIDE, MAX_SIDE))  # JPEG decodes at a fraction of its size
-        image.load()
-        upright: Image.Image = image
-        with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost the picture
-            upright = ImageOps.exif_transpose(image)
-        rgb = _to_rgb(upright)
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Over white, RGB, of bounded size; a copy."""
+    image.load()
+    with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost the picture
+        image = ImageOps.exif_transpose(image)
+    rgb = _to_rgb(image)
     rgb.thumbnail((MAX_SIDE, MAX_SIDE))
     return rgb
+
+
+def prepared(picture: Image.Image) -> Image.Image:
+    """A picture as `load_image` would have read its file; a copy. Raises ImageError."""
+    try:
+        return _upright(picture)
+    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+        raise image_error("picture", error) from None
 
 
 def image_error(name: str, error: Exception) -> ImageError:
