@@ -93,7 +93,7 @@ def test_wrong_kinds_and_settings(there, capsys):
         (["--checkpoint", RLHF, "sampler.guidance=nan"], 2, "sampler.guidance=nan: must be a finite number, and not beyond 1e+12"),
     ]
     settled = "is for training; for an evaluation run, seed, data, sampler and shaping can be set"
-    for text in ("base.width=64", "vision.image_size=128", "threads=2", "reward.pessimism=1", "rlhf.kl=0", "data.max_words=9"):
+    for text in ("base.width=64", "vision.image_size=128", "threads=2", "reward.pessimism=1", "rlhf.kl=1", "data.max_words=9"):
         refused.append((["--checkpoint", RLHF, text], 2, f"{text}: {settled}"))
     for arguments, code, line in refused:
         assert cli.evaluate([*arguments, "--output", "x"]) == code

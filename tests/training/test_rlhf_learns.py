@@ -70,7 +70,7 @@ def improve(run_of: Callable[..., Run], shaping: ShapingConfig, updates: int, sp
     before = worth()
     optimizer = torch.optim.Adam(policy.parameters(), lr=rlhf.fit.lr)
     for index in range(updates):
-        loss, _ = policy_loss(policy, trainer.roll(index), replace(rlhf, kl=0.0), 0.003, policy.allowed)
+        loss, _ = policy_loss(policy, trainer.roll(index), replace(rlhf, kl=0.0, kl_target=0.0), 0.003, policy.allowed)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
