@@ -140,6 +140,7 @@ def test_specificity_counts_different_content_words_by_how_rare_they_are() -> No
     references = [[["a", "dog"], ["the", "dog", "runs"]], [["a", "dog"]], [["a", "cat"]], [["a", "bird"]]]
     found = metrics.specificity([["a", "dog", "dog"], ["a", "cat", "runs"], ["the", "of"], ["unicorn"]], references)
     np.testing.assert_allclose(found, [math.log(2), 2 * math.log(4), 0, math.log(4)])
+    assert metrics.specificity([["a"], []], references).tolist() == [0.0, 0.0]  # a model that says nothing
 
 
 def test_intervals_of_a_set_measure_come_from_resampled_images() -> None:

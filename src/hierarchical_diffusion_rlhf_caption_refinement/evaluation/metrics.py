@@ -170,7 +170,8 @@ def bad_endings(captions: Sequence[Tokens]) -> float:
 def specificity(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Float[np.ndarray, " n"]:
     """Nats that each caption tells: the sum over its different content words of log(images / images whose references use the word)."""
     used = Counter(word for refs in references for word in {word for ref in refs for word in ref})
-    return np.array([sum(math.log(len(references) / max(used[w], 1)) for w in set(c) - FUNCTION_WORDS) for c in captions])
+    told = (sum(math.log(len(references) / max(used[w], 1)) for w in set(c) - FUNCTION_WORDS) for c in captions)
+    return np.fromiter(told, float)
 
 
 # --- How sure we can be
