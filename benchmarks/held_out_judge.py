@@ -38,6 +38,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.saved import (
     FILES,
     build_alignment,
     captioner_kind,
+    earlier,
     load_denoiser,
     load_eyes,
     settings_from,
@@ -75,7 +76,7 @@ def other_eyes(config: Config, examples: list, seed: int) -> tuple:
 
 def split_seed(config: Config) -> int:
     """The seed by which the reward model's photographs were split: RLHF may have another one, which would split them anew."""
-    path = config.sources / FILES["reward"]
+    path = earlier(config, "reward")
     return settings_from(checkpoint.load(path, "reward")["config"], path).seed
 
 
@@ -108,7 +109,8 @@ def main() -> None:
     seed = split_seed(config)
     eyes, other = other_eyes(config, examples["val"], seed)
     corpus, judged = (build_corpus(e, examples["test"], CACHE) for e in (eyes, other))
-    base = load_denoiser(config.sources / FILES["base"], "base")[1].eval()
+    start = earlier(config, "base")
+    base = load_denoiser(start, "base")[1].eval()
     evidence = Evidence(base, other.alignment, words_and_owners(eyes.tokenizer))
     found = rated(replace(config, seed=seed, reward=replace(config.reward, repeats=0.0)), base, judged)  # people's judgements only
     beta = fitted(evidence, found.test, config.reward.l2)
@@ -123,7 +125,7 @@ def main() -> None:
     def told(texts: list[str]) -> dict[str, Any]:
         return {"references": reference_intervals(texts, examples["test"])} | text_statistics(texts)
 
-    against = args.against or config.sources / FILES["base"]
+    against = args.against or start
     theirs = captions(against, load_config([args.config], [*args.overrides, *args.base]).sampler)
     row: dict[str, Any] = {
         "judge": {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, earlier, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
@@ -207,6 +208,8 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     own = Pipeline(Run(load_config([SMOKE], few), Accelerator(cpu=True), RunLog(Path("results/sparse")), False, Path("cache")))
     assert own.find("reward") == Path("models/sparse/best_reward_model.pt")  # what this run trained itself comes first
     assert own.find("base") == smoke / "models/smoke/best_base_model.pt"
+    other = replace(own.run.config, start_from="elsewhere")
+    assert earlier(other, "reward") == Path("elsewhere/best_reward_model.pt")  # what it made before, of another start, does not count
 
 
 def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):

@@ -4,11 +4,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.corpus import Corpus
 from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
     Comparison,
     PreferenceError,
@@ -22,11 +19,6 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
     split_by_image,
     to_trl,
 )
-from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
-from hierarchical_diffusion_rlhf_caption_refinement.data.text import build_tokenizer
-from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
-from hierarchical_diffusion_rlhf_caption_refinement.training import comparisons
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, DataConfig
 
 FULL = Comparison(
     "1", "dog.jpg", "a dog", "ein Häuschen, \"rot\"\nund blau", "b", "b", "ann", 3.5, ("accuracy", "fluency"),
@@ -279,35 +271,3 @@ def test_trl_variants_and_faults(tmp_path: Path) -> None:
         path.write_text(json.dumps({"file_names": ["x.jpg"], "chosen": "p", "rejected": "q"} | fault) + "\n")
         with pytest.raises(PreferenceError, match=rf"metadata\.jsonl:1: {reason}$"):
             from_trl(path)
-
-
-def test_what_is_said_of_no_image_of_the_data_set_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    examples = [Example(key, ("x",)) for key in ("a.png", "http://host/b.png", "c.png")]
-    corpus = Corpus(examples, np.zeros((3, 1, 1), np.float16), torch.zeros(3, 1), build_tokenizer(["x y"], 1), 4)
-    model = DiffusionCaptionModel(4, 4, 1, 1, width=8, layers=1, heads=1)
-    asked = ["a.png", "./a.png", "d/../c.png", "http://host/b.png", "elsewhere.png", "http://host/none.png"]
-
-    def images(found: comparisons.Judgements) -> Counter[str]:
-        return Counter(c.image for part in (found.train, found.val, found.test) for c in part.comparisons)
-
-    append_comparisons(tmp_path / "c.jsonl", [replace(BARE, id=str(i), image=image) for i, image in enumerate(asked)])
-    config = Config(data=DataConfig(comparisons=str(tmp_path / "c.jsonl")))
-    assert images(comparisons.recorded(config, model, {"test": corpus})) == {"a.png": 2, "c.png": 1, "http://host/b.png": 1}
-    assert caplog.messages == ["2 of 6 comparisons name no image of the data set"]
-    rows = [
-        {"image": image, "caption": caption, "ratings": [i + len(caption)], "scale": [0, 9]}
-        for i, image in enumerate(asked)
-        for caption in "xy"
-    ]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = Config(data=DataConfig(ratings=str(tmp_path / "r.jsonl")))
-    assert images(comparisons.rated(config, model, corpus)).keys() == {"a.png", "c.png", "http://host/b.png"}
-    assert caplog.messages[1:] == ["4 of 12 ratings name no test image of the data set"]
-    caplog.clear()
-    kept = [replace(BARE, image=image) for image in asked[:4]]
-    assert [c.image for c in comparisons.about(corpus.row_of, kept, "")] == [
-        "a.png",
-        "a.png",
-        "c.png",
-        "http://host/b.png",
-    ] and not caplog.messages

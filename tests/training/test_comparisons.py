@@ -1,5 +1,6 @@
 import json
 import random
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +167,24 @@ def test_ratings_of_an_images_own_captions_say_nothing_of_how_far_raters_agree(w
     found = rated(replace(world.config, data=replace(world.config.data, ratings=str(path))), world.denoiser(), world.corpora["test"])
     assert found.rater_agreement == rating_agreement(others, 0) == pytest.approx(0.5, abs=0.15) and rating_agreement(own + others, 0) > 0.7
     assert {c.a.split()[-1] for c in found.train.comparisons} == {"cross"}
+
+
+def test_what_is_said_of_no_image_of_the_data_set_is_counted(world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus, model = world.corpora["val"], world.denoiser()
+    asked = ["val/0", "./val/0", "val/../val/1", "val/2", "elsewhere", "val/none"]
+
+    def images(found: comparisons.Judgements) -> Counter[str]:
+        return Counter(c.image for part in (found.train, found.val, found.test) for c in part.comparisons)
+
+    append_comparisons(tmp_path / "c.jsonl", [comparison(i, "a", image=image) for i, image in enumerate(asked)])
+    config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
+    assert images(recorded(config, model, {"val": corpus})) == {"val/0": 2, "val/1": 1, "val/2": 1}
+    assert caplog.messages == ["2 of 6 comparisons name no image of the data set"]
+    ratings = [Rating(image, caption, (len(caption),), (0, 9)) for image in asked for caption in ("a star", "star")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(asdict(rating)) + "\n" for rating in ratings))
+    config = replace(world.config, data=replace(world.config.data, ratings=str(tmp_path / "r.jsonl")))
+    assert images(rated(config, model, corpus)).keys() == {"val/0", "val/1", "val/2"}
+    assert caplog.messages[1:] == ["4 of 12 ratings name no test image of the data set"]
 
 
 def recordings(world: Any) -> list[Comparison]:

@@ -13,7 +13,7 @@ from ..data.sources import load_examples
 from ..data.text import pad, words_and_owners
 from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
-from ..models.saved import FILES, Kind, OtherEyesError, load_denoiser, reward_beside
+from ..models.saved import FILES, Kind, OtherEyesError, earlier, load_denoiser, reward_beside
 from ..models.shaping import HierarchicalRewardShaper, log_odds
 from ..utils.config import Config
 from ..utils.seeding import usable_device
@@ -108,9 +108,7 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """All that `results/training_summary.json` holds, from the log and from whichever checkpoints there are."""
-    paths: dict[Kind, Path] = {"base": config.sources / FILES["base"], "rlhf": config.models / FILES["rlhf"]}
-    if not paths["base"].exists():
-        paths["base"] = config.models / FILES["base"]
+    paths: dict[Kind, Path] = {"base": earlier(config, "base"), "rlhf": config.models / FILES["rlhf"]}
     found: dict[str, Evaluation] = {
         k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if path.exists()
     }

@@ -125,6 +125,15 @@ def load_eyes(path: Path) -> Eyes:
     return eyes_from(checkpoint.load(path, "alignment"), path)
 
 
+def earlier(config: Config, stage: Stage) -> Path:
+    """The checkpoint that a run builds on: of `start_from`, or its own if it has built it on the same start. Raises CheckpointError."""
+    own, start = config.models / FILES[stage], Path(config.start_from)
+    if not config.start_from:
+        return own
+    built_here = own.exists() and checkpoint.load(own, stage)["config"].get("start_from") == config.start_from
+    return own if built_here else start / FILES[stage]
+
+
 def captioner_kind(path: Path) -> Kind:
     """Which of the two captioners a checkpoint is. Raises CheckpointError."""
     kind = checkpoint.kind_of(path)

@@ -42,6 +42,12 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], *more: str) -> str:
     return digest.hexdigest()
 
 
+def identity(model: nn.Module, weights: dict[str, Tensor], processor: Any) -> str:
+    """Hash of a pretrained model and of how it wants its images, whatever its directory is called."""
+    settings = {key: str(value) for key, value in processor.to_dict().items() if not key.endswith(("_type", "_class"))}
+    return _digest(weights.items(), type(model).__name__, json.dumps(settings, sort_keys=True))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No bars and no reports from transformers: what matters in them is checked, and raised."""
@@ -112,8 +118,7 @@ class PretrainedVision:
         self.width = min(width or self._native_width, self._native_width)
         projections = {kind: Projection(self._native_width, self.width) for kind in ("tokens", "pooled")}
         self.projections: nn.ModuleDict | None = nn.ModuleDict(projections) if width else None
-        settings = {key: str(value) for key, value in self.processor.to_dict().items() if not key.endswith(("_type", "_class"))}
-        self._identity = _digest(self.weights().items(), type(self.model).__name__, json.dumps(settings, sort_keys=True))
+        self._identity = identity(self.model, self.weights(), self.processor)
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from ..data.text import words_and_owners
 from ..evaluation.evaluate import agreement, build_corpus, preference, with_looks, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
-from ..models.saved import FILES, Eyes, captioner_kind, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..models.saved import FILES, Eyes, captioner_kind, earlier, load_denoiser, load_eyes, load_reward, save_reward, with_config
 from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.files import write_json
@@ -59,8 +59,8 @@ class Pipeline:
         return {split: build_corpus(self.eyes, examples, self.run.cache) for split, examples in self.examples.items()}
 
     def find(self, kind: Stage) -> Path:
-        """The checkpoint of an earlier stage, this run's own if it has been through it, else of `start_from`. Raises MissingStage."""
-        path = (self.run.config.models if self.complete(kind) else self.run.config.sources) / FILES[kind]
+        """The checkpoint of an earlier stage, see `earlier`. Raises MissingStage."""
+        path = earlier(self.run.config, kind)
         if path.exists():
             return path
         if self.run.config.start_from:
@@ -82,7 +82,7 @@ class Pipeline:
 
     def check_judgements(self, stages: Sequence[Stage]) -> None:
         """Raises ConfigError, before hours of work, if the reward stage would have nothing to learn from."""
-        data, done = self.run.config.data, (self.run.config.sources / FILES["reward"]).exists()
+        data, done = self.run.config.data, earlier(self.run.config, "reward").exists()
         path = data.ratings or data.comparisons
         asked = "rlhf" in stages and self.run.config.rlhf.sparse == "preference" and not done
         to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else asked
