@@ -63,7 +63,7 @@ CACHE, HELD_OUT = Path("cache"), 200
 
 def other_eyes(config: Config, examples: list, seed: int) -> tuple:
     """The run's eyes, and the same with an alignment model of the judge's own."""
-    eyes = load_eyes(config.sources / FILES["alignment"])
+    eyes = load_eyes(earlier(config, "alignment"))
     own = replace(config, run=f"{config.run}_held_out_judge", start_from="", seed=seed)
     run = Run(own, Accelerator(cpu=True), RunLog(own.results), False, CACHE)
     run.config.models.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.beam import consensus
 from hierarchical_diffusion_rlhf_caption_refinement.models.denoiser import DiffusionCaptionModel
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import reveal_counts, valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import select
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, Eyes, load_eyes, with_config
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import Eyes, earlier, load_eyes, with_config
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import (
     LENGTH_GROUPS,
     LENGTH_WEIGHT,
@@ -257,7 +257,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config([args.config], args.overrides)
     torch.set_num_threads(config.threads or 1)
-    eyes = with_config(load_eyes(config.sources / FILES["alignment"]), config)
+    eyes = with_config(load_eyes(earlier(config, "alignment")), config)
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
     corpora["train"] = with_looks(corpora["train"], eyes, config.base, Path("cache"))
     torch.manual_seed(seed_of(config.seed, "base"))

@@ -26,7 +26,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.evaluation.evaluate import a
 from hierarchical_diffusion_rlhf_caption_refinement.models.alignment import Alignment
 from hierarchical_diffusion_rlhf_caption_refinement.models.diffusion import valid_positions
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import FILES, load_eyes, with_config
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import earlier, load_eyes, with_config
 from hierarchical_diffusion_rlhf_caption_refinement.training.distil import in_spreads
 from hierarchical_diffusion_rlhf_caption_refinement.training.engine import lr_at
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import REPEATED
@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     torch.set_num_threads(config.threads or 1)
-    eyes = with_config(load_eyes(config.sources / FILES["alignment"]), config)
+    eyes = with_config(load_eyes(earlier(config, "alignment")), config)
     corpora = {split: build_corpus(eyes, rows, Path("cache")) for split, rows in load_examples(config.data, config.seed).items()}
     model = build("autoregressive", eyes).eval()
     assert isinstance(model, Autoregressive)

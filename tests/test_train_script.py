@@ -210,6 +210,7 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     assert own.find("base") == smoke / "models/smoke/best_base_model.pt"
     other = replace(own.run.config, start_from="elsewhere")
     assert earlier(other, "reward") == Path("elsewhere/best_reward_model.pt")  # what it made before, of another start, does not count
+    assert earlier(replace(other, start_from=""), "reward") == Path("models/sparse/best_reward_model.pt")
 
 
 def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):

@@ -64,10 +64,9 @@ def test_references_change_the_reward_and_need_no_reward_stage():
 
 
 def test_folders_follow_from_the_run():
-    assert (Config().models, Config().results, Config().sources) == (Path("models"), Path("results"), Path("models"))
+    assert (Config().models, Config().results) == (Path("models"), Path("results"))
     other = load_config([], ["run=other"])
-    assert (other.models, other.results, other.sources) == (Path("models/other"), Path("results/other"), Path("models/other"))
-    assert load_config([], ["run=other", "start_from=models"]).sources == Path("models")
+    assert (other.models, other.results) == (Path("models/other"), Path("results/other"))
 
 
 def test_later_layers_win(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.summary import evaluate_checkpoint, win_rate
-from ..models.saved import FILES
+from ..models.saved import FILES, earlier
 from ..utils.files import write_json
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog
@@ -58,7 +58,7 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
     """The learning curve on held-out images, and the kept weights on the test images next to the base model."""
     config = job.config
     refined = evaluate_checkpoint(config.models / FILES["rlhf"], "rlhf", config, CACHE)
-    base = evaluate_checkpoint(config.sources / FILES["base"], "base", config, CACHE)
+    base = evaluate_checkpoint(earlier(config, "base"), "base", config, CACHE)
     if not (refined.gold and base.gold):
         raise ValueError("an ablation needs captions whose true quality is known: data.source=scenes")
     rows = [

@@ -458,11 +458,6 @@ class Config:
     def results(self) -> Path:
         return Path("results") if self.run == "default" else Path("results") / self.run
 
-    @property
-    def sources(self) -> Path:
-        """Where the checkpoints that a stage builds on are read from."""
-        return Path(self.start_from) if self.start_from else self.models
-
 
 def _keys(schema: type, prefix: str = "") -> list[str]:
     """Every dotted key of a dataclass tree, groups included."""
