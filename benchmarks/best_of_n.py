@@ -50,7 +50,7 @@ def measure(models: Path, images: int, candidates: int, temperature: float) -> d
     eyes, model = load_denoiser(models / FILES["base"], "base")
     examples = load_examples(eyes.config.data, eyes.config.seed)["test"][:images]
     corpus, words = build_corpus(eyes, examples, Path("cache")), words_and_owners(eyes.tokenizer)
-    reward, judge = (load_reward(models / name, words) for name in (FILES["reward"], JUDGE))
+    reward, judge = (load_reward(models / name, words)[1] for name in (FILES["reward"], JUDGE))
     rows, plan = list(range(len(corpus))), SamplerConfig(steps=eyes.config.rlhf.steps, temperature=temperature)
     written = write_captions(model, corpus, rows, plan, eyes.config.seed, reward, group=candidates, chunk=8)
     t, found = written.trajectory, dict[str, np.ndarray]()

@@ -47,7 +47,7 @@ def trainer_of(models: Path, policy: Path | None, cache: Path) -> Trainer:
     eyes, base = load_denoiser(models / FILES["base"], "base")
     drawn = load_denoiser(policy, "rlhf")[1] if policy else copy.deepcopy(base)
     words = words_and_owners(eyes.tokenizer)
-    reward = load_reward(models / FILES["reward"], words)
+    _, reward = load_reward(models / FILES["reward"], words)
     config = replace(eyes.config, run="credit", shaping=ShapingConfig(dense="step_potential"))
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["train"], cache)
     run = Run(config, Accelerator(cpu=True), RunLog(config.results), False, cache)
@@ -57,7 +57,7 @@ def trainer_of(models: Path, policy: Path | None, cache: Path) -> Trainer:
 def advantages(trainer: Trainer, index: int) -> tuple[dict[str, Float[Tensor, "B T"]], Float[Tensor, "B T"]]:
     """What each kind of credit says of the tokens of one rollout, and the tokens' log-probabilities, with gradient."""
     config, group = trainer.config, trainer.config.rlhf.group
-    rows = trainer.rows(index)
+    rows, _ = trainer.rows(index)
     t, image, joint = trainer.sample(trainer.policy, rows, trainer.corpus, ("credit", index), drafts=True)
     logp = score(trainer.policy, t.x0, t.step, t.length, image, config.rlhf.temperature).logp
     written, each = revealed(t.step), joint.repeat_interleave(group, 0)

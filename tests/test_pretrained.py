@@ -97,7 +97,7 @@ def test_the_card_has_the_measured_table(smoke, exported):
     card, summary = (exported / "README.md").read_text(), json.loads((smoke / "results/smoke/training_summary.json").read_text())
     assert card.startswith("---\nlibrary_name: ") and "\npipeline_tag: image-to-text\n" in card
     gold = summary["gold"]["rlhf"]
-    assert f"| **refined by RLHF** | **{gold['accuracy']:.3f}** | **{gold['specificity']:.3f}** |" in card
+    assert f"| **refined** | **{gold['accuracy']:.3f}** | **{gold['specificity']:.3f}** |" in card
     assert f"in {summary['reward']['accuracy']['value']:.1%} (95 %:" in card and f"{summary['win_rate']['value']:.1%}" in card
 
 

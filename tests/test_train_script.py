@@ -231,6 +231,16 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     assert cli.train([*source, "run=mixed", "--stage", "rlhf", "rlhf.start=models/other/best_base_model.pt"]) == 2
     alignment = smoke / "models/smoke/alignment_model.pt"
     assert capsys.readouterr().err == (f"error: models/other/best_base_model.pt: has other eyes or another vocabulary than {alignment}\n")
+    Path("models/judged").mkdir()
+    for name in ("alignment_model.pt", "best_base_model.pt"):
+        shutil.copy(Path("models/other") / name, Path("models/judged") / name)
+    for name in ("best_reward_model.pt", "judge_model.pt"):
+        shutil.copy(smoke / "models/smoke" / name, Path("models/judged") / name)
+    assert cli.train([*other, "run=judged", "--stage", "rlhf"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: models/judged/best_reward_model.pt: has other eyes or another vocabulary than models/judged/alignment_model.pt; "
+        "--stage reward trains it anew\n"
+    )
 
 
 @pytest.mark.parametrize(

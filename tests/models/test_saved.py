@@ -73,7 +73,8 @@ def test_a_reward_model_comes_back_with_its_scores(eyes: Eyes, tmp_path: Path, r
         for parameter in reward.readers.parameters():
             parameter.add_(torch.randn_like(parameter))
     save_reward(tmp_path / "reward.pt", eyes, reward, {"accuracy": 0.7})
-    back = load_reward(tmp_path / "reward.pt", words)
+    its, back = load_reward(tmp_path / "reward.pt", words)
+    assert same_eyes(its, eyes)
     image = torch.randn(2, 4, 16)
     asked = (torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([3, 2]), image, eyes.alignment.embed_images(image))
     torch.testing.assert_close(back.score(*asked), reward.score(*asked))

@@ -54,7 +54,7 @@ def test_comparisons_become_ids_and_labels(world: Any) -> None:
     assert pairs.reasons.int().tolist() == [[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1]]
     ids = corpus.tokenizer.encode("a red star", add_special_tokens=False).ids
     assert pairs.a[0][0].tolist() == ids + [0] * 9 and pairs.a[1].tolist() == [3, 3, 3, 1] and pairs.b[1].tolist() == [2] * 4
-    head = pairs.head(2)
+    head = pairs.some(range(2))
     assert len(head) == 2 and head.rows == [0, 3] and len(head.comparisons) == len(head.label) == len(head.a[0]) == 2
     assert len(to_pairs([], corpus)) == 0
 
@@ -214,6 +214,26 @@ def test_recorded_comparisons_are_of_images_of_any_split_and_split_by_image(worl
             assert part.corpus.examples[row] is world.corpora[split].examples[int(index)]
             assert torch.equal(part.corpus.image([row]), world.corpora[split].image([int(index)]))
             assert torch.equal(part.corpus.joint[row], world.corpora[split].joint[int(index)])
+
+
+def test_made_pairs_come_last_and_no_rater_of_the_report_s_images_is_learned_from(world: Any, tmp_path: Path) -> None:
+    rows = recordings(world)
+    config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
+    config = replace(config, reward=replace(config.reward, repeats=0.2))
+    append_comparisons(tmp_path / "c.jsonl", rows)
+    found = recorded(config, world.denoiser(), world.corpora)
+    for part in (found.train, found.val):
+        who = [c.annotator for c in part.comparisons]
+        assert who[part.asked :] == ["repetition"] * part.made and "repetition" not in who[: part.asked]
+    assert found.train.made == round(0.2 * found.train.asked) > 0 == found.test.made and found.repeats is not None
+    assert found.rater_agreement == 1 and found.smoothing == 0
+    reported = {c.image for c in found.test.comparisons}
+    (tmp_path / "c.jsonl").unlink()
+    other = {"a": "b", "b": "a", "tie": "tie"}
+    contrary = [replace(c, choice=other[c.choice]) if c.annotator == "two" and c.image in reported else c for c in rows]
+    append_comparisons(tmp_path / "c.jsonl", contrary)
+    found = recorded(config, world.denoiser(), world.corpora)
+    assert found.rater_agreement < 0.9 and found.smoothing == 0 and {c.image for c in found.test.comparisons} == reported
 
 
 def test_recorded_comparisons_may_be_a_data_set_of_trl(world: Any, tmp_path: Path) -> None:

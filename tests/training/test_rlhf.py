@@ -246,7 +246,7 @@ def test_a_rollout_is_sampled_then_scored_then_shaped(world: Any, run_of: RunOf)
     trainer.reference = world.denoiser(1).requires_grad_(False)
     trainer.extra["confidence"] = [-2.5, 0.3]
     rollout, group = trainer.roll(0), trainer.config.rlhf.group
-    t, image, joint = trainer.sample(trainer.policy, trainer.rows(0), trainer.corpus, ("rollout", 0), drafts=True)
+    t, image, joint = trainer.sample(trainer.policy, trainer.rows(0)[0], trainer.corpus, ("rollout", 0), drafts=True)
     assert torch.equal(t.x0, rollout.x0) and torch.equal(image, rollout.image)
     alignment, shaper = trainer.alignment, HierarchicalRewardShaper(trainer.config.shaping)
     dense = dense_reward(alignment, world.words, t, joint.repeat_interleave(group, 0), trainer.config.shaping, trainer.config.rlhf.steps)
@@ -320,10 +320,20 @@ def test_the_anchor_adds_the_base_objective(world: Any, run_of: RunOf) -> None:
     assert rollout.anchor is not None and len(rollout.anchor.x0) == config.fit.batch_size
     with_anchor, _ = policy_loss(trainer.policy, rollout, config, 0.0, trainer.policy.allowed)
     without, _ = policy_loss(trainer.policy, replace(rollout, anchor=None), config, 0.0, trainer.policy.allowed)
-    rows = trainer.rows(0)
+    rows, _ = trainer.rows(0)
     g = torch.Generator().manual_seed(0)
     other = caption_batch(world.corpora["train"], rows, slice(None), trainer.config.base, g)
     assert torch.equal(rollout.anchor.image, other.image) and (with_anchor - without).item() > 0.5
+
+
+def test_the_anchor_of_a_process_is_its_part_of_the_batch_s(world: Any, run_of: RunOf) -> None:
+    trainer = trainer_of(world, run_of, rlhf={"anchor": 0.5})
+    whole, _ = trainer.rows(0)
+    alone = trainer.roll(0).anchor
+    trainer.rows = lambda index: (whole, slice(1, None))  # type: ignore[method-assign]
+    second = trainer.roll(0).anchor
+    assert alone is not None and second is not None and len(second.x0) == len(whole) - 1
+    assert all(torch.equal(getattr(second, name), getattr(alone, name)[1:]) for name in ("x0", "step", "length", "image", "seen"))
 
 
 def test_dense_reward_of_a_rollout(world: Any) -> None:

@@ -12,7 +12,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comp
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import Example
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import build_tokenizer
 from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURES, RewardModel, davidson_logits
-from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs
+from hierarchical_diffusion_rlhf_caption_refinement.training.comparisons import Pairs, smoothing_from
 from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
     Examined,
     Side,
@@ -26,7 +26,6 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.reward import (
     member_weights,
     pair_nll,
     score_head,
-    smoothing_from,
     standard_error,
     targets,
     train_reward,
@@ -125,6 +124,19 @@ def test_accuracy_and_loss_by_hand() -> None:
     tie = torch.tensor(0.3)
     expected = [-davidson_logits(m, tie).log_softmax(-1)[y] for m, y in zip(margin, label, strict=True)]
     torch.testing.assert_close(pair_nll(margin, label, tie), torch.stack(expected))
+
+
+def test_the_first_comparisons_are_people_s_and_made_ones_come_with_them_as_a_share(world: Any) -> None:
+    data, _ = synthetic(world, 20)
+    data = replace(data, pairs=replace(data.pairs, made=4))
+    ids = {name: [int(c.id) for c in head_of(data, *given).pairs.comparisons] for name, given in
+           {"all": (99, 1.0), "eight": (8, 0.25), "people": (99,), "none": (3, 0.1)}.items()}  # fmt: skip
+    assert ids == {"all": list(range(20)), "eight": [*range(8), 16, 17], "people": list(range(16)), "none": [0, 1, 2]}
+    some = head_of(data, 8, 0.25)
+    assert (some.pairs.asked, some.pairs.made, len(some)) == (8, 2, 10) and torch.equal(some.a.features[8:], data.a.features[16:18])
+    assert torch.equal(some.image[8:], data.image[16:18])
+    curve = learning_curve(world.reward(), data, data, RewardConfig(curve=(8, 999), members=2), 0.0, 0)
+    assert list(curve) == ["8", "16"]
 
 
 def test_the_ensemble_learns_what_raters_like(world: Any) -> None:

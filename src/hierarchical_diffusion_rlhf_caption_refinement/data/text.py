@@ -3,6 +3,7 @@
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int
@@ -103,8 +104,12 @@ def pad(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[Tensor, "B T"], 
 def words_and_owners(tokenizer: Tokenizer) -> Callable[[Sequence[int]], tuple[list[str], list[int]]]:
     """Ids -> the blank-separated words of the decoded caption, and the index of the word that each token is part of."""
 
+    @lru_cache(1 << 16)  # captions and drafts of an image share their beginnings
+    def count(ids: tuple[int, ...]) -> int:
+        return len(decode(tokenizer, ids).split())
+
     def words(ids: Sequence[int]) -> tuple[list[str], list[int]]:
-        prefixes = (decode(tokenizer, ids[: i + 1]) for i in range(len(ids)))
-        return decode(tokenizer, ids).split(), [max(len(text.split()) - 1, 0) for text in prefixes]
+        prefixes = (tuple(ids[: i + 1]) for i in range(len(ids)))
+        return decode(tokenizer, ids).split(), [max(count(prefix) - 1, 0) for prefix in prefixes]
 
     return words

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..utils.config import Config
+from ..utils.config import Config, RLHFConfig
 
-NAMES = {"data": "the training data's own", "base": "base model", "rlhf": "refined by RLHF"}
+NAMES = {"data": "the training data's own", "base": "base model", "rlhf": "refined"}
 MEASURED = ("gold", "references", "win_rate")
 
 
@@ -20,8 +20,7 @@ def model_card(config: Config, kind: str, parameters: int, words: int, numbers: 
     """Markdown with the hub's front matter; `numbers` as `measured` gives them."""
     scenes = config.data.source == "scenes"
     made = "the built-in benchmark of rendered scenes" if scenes else f"`{config.data.path}`, a data set of the kind `{config.data.source}`"
-    judges = "simulated raters" if scenes else "people"
-    refined = f", refined by reinforcement learning from the preferences of {judges}" if kind == "rlhf" else ""
+    refined = f", refined {_how(config.rlhf, 'simulated raters' if scenes else 'people')}" if kind == "rlhf" else ""
     limit = (
         "It knows rendered scenes only: photographs are beyond it." if scenes else "It knows what its training images and captions show."
     )
@@ -52,6 +51,13 @@ print(caption.text, caption.confidence, caption.reward)
 {limit} Captions have at most {config.data.max_words} tokens of a vocabulary of {words:,}.
 Confidence and reward compare captions of this model, not of different ones.
 """
+
+
+def _how(rlhf: RLHFConfig, judges: str) -> str:
+    reward = f"the preferences of {judges}" if rlhf.sparse == "preference" else "agreement with the training captions (CIDEr-D)"
+    return (
+        f"on the best captions that a search finds by {reward}" if rlhf.method == "distil" else f"by reinforcement learning from {reward}"
+    )
 
 
 def _numbers(numbers: Mapping[str, Any], kind: str) -> str:

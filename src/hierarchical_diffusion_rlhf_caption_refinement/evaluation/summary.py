@@ -132,7 +132,7 @@ def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Pat
 def best_alignment(rows: list[Row]) -> dict[str, float]:
     """Held-out retrieval of the alignment weights that were kept."""
     epochs = [row for row in rows if row["stage"] == "alignment"]
-    chosen = max(epochs, key=lambda row: row["val_text_to_image_r10"], default={})
+    chosen = max(epochs, key=lambda row: (row["val_text_to_image_r10"], row["val_text_to_image_mrr"]), default={})
     return {k: v for k, v in chosen.items() if k.startswith("val_")}
 
 

@@ -54,8 +54,9 @@ def beam_search(
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
     lengths = bounded_length_logp(memory.length_logits, plan.min_words, min(plan.max_words, model.max_length))
-    tried = lengths.topk(min(plan.lengths, model.max_length), 1)
-    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried.indices + 1, tried.values))
+    tried = lengths.topk(min(plan.lengths, model.max_length), 1).indices
+    as_likely = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths and make none likelier
+    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, as_likely))
     x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
     total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one
     cache = Cache.empty(len(model.h), len(length), image.device)
@@ -74,7 +75,7 @@ def beam_search(
     worth = (total + length_logp) / (length + 1)
     if plan.both_ways:
         own = zip(x0.chunk(n), length.chunk(n), image.split(1), strict=True)
-        worth = (worth + torch.cat([likelihood(model, *one, from_right=True) for one in own])) / 2
+        worth = (worth + torch.cat([likelihood(model, *one, from_right=True, banned=banned) for one in own])) / 2
     if plan.clip and fit is not None:
         worth = worth + plan.clip * fit(x0, length)
     if plan.consensus:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .layers import Block, KeyValue, init_weights
 
@@ -99,8 +100,9 @@ class DiffusionCaptionModel(nn.Module):
         return self.drop(rows + self.wpe(position) + self.remaining(to_come))
 
     def to_logits(self, hidden: Float[Tensor, "B R W"]) -> Float[Tensor, "B R V"]:
-        logits = self.ln_f(hidden) @ self.wte.weight.T
-        return logits.float().masked_fill(~self.allowed, -torch.inf)
+        weight = self.wte.weight
+        bias = weight.new_zeros(len(weight)).masked_fill(~self.allowed, -torch.inf)
+        return F.linear(self.ln_f(hidden), weight, bias).float()
 
     def streams(
         self, x0: Int[Tensor, "B T"], step: Int[Tensor, "B T"], length: Int[Tensor, " B"], memory: ImageMemory | None

@@ -271,12 +271,15 @@ def likelihood(
     image: Float[Tensor, "1 P F"],
     from_right: bool = False,
     chunk: int = 16,
+    banned: Bool[Tensor, " V"] | None = None,
 ) -> Float[Tensor, " B"]:
     """Nats per token of captions of one image, read from one end, given words and length included; what is impossible counts as -100."""
     step = steps_from_left(length, x0.shape[1])
     if from_right:
         step = torch.where(step < HIDDEN, length[:, None] + 1 - step, HIDDEN)
-    parts = [score(model, *some, image) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)]
+    parts = [
+        score(model, *some, image, banned=banned) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)
+    ]
     return torch.cat([p.logp.clamp(min=-100).sum(1) + p.length_logp for p in parts]) / (length + 1)
 
 

@@ -178,10 +178,11 @@ def save_reward(path: Path, eyes: Eyes, reward: RewardModel, facts: dict[str, An
     checkpoint.save(path, "reward", eyes_payload(eyes) | reward_payload(reward) | {"facts": facts})
 
 
-def load_reward(path: Path, words: Words) -> RewardModel:
-    """The frozen reward model. Raises CheckpointError."""
+def load_reward(path: Path, words: Words) -> tuple[Eyes, RewardModel]:
+    """The frozen reward model, and the eyes that it was trained with. Raises CheckpointError."""
     payload = checkpoint.load(path, "reward")
-    return reward_from(eyes_from(payload, path), words, payload, path)
+    eyes = eyes_from(payload, path)
+    return eyes, reward_from(eyes, words, payload, path)
 
 
 def same_eyes(one: Eyes, other: Eyes) -> bool:
@@ -202,11 +203,10 @@ def reward_beside(captioner: Path, eyes: Eyes, words: Words) -> tuple[Path, Rewa
     path = next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
     if path is None:
         return None
-    payload = checkpoint.load(path, "reward")
-    its = eyes_from(payload, path)
+    its, reward = load_reward(path, words)
     if not same_eyes(its, eyes):
         raise OtherEyesError(f"{path}: its eyes or its vocabulary are not those of {captioner}; train the older one anew, or move it away")
-    return path, reward_from(its, words, payload, path)
+    return path, reward
 
 
 def load_weights(model: nn.Module | PretrainedVision, state: dict[str, Any], path: Path) -> None:

@@ -70,7 +70,7 @@ def record(grid: Grid, job: Job, log: RunLog, seconds: dict[str, float]) -> dict
     accuracy = json.loads((rewarded / "reward_report.json").read_text(encoding="utf-8"))["accuracy"]
     means = {name: float(values.mean()) for name, values in refined.gold.items()}
     return grid.facts(job) | {
-        "captions_per_update": config.rlhf.fit.batch_size * config.rlhf.group,
+        "captions_per_update": config.rlhf.fit.batch_size * config.rlhf.fit.grad_accum * config.rlhf.group / config.rlhf.inner_updates,
         "seconds": seconds, "rows": rows, "reward_accuracy": accuracy, "test": means, "test_reward": refined.metrics["reward"]["value"],
         "win_rate": win_rate(refined, base), "base_utility": base.gold["utility"].round(4).tolist(),
         "utility": refined.gold["utility"].round(4).tolist(), "config": job.settings(),

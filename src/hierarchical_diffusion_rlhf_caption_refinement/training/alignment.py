@@ -81,13 +81,14 @@ class AlignmentTrainee(nn.Module):
         patches = F.normalize(self.patch_out(self.alignment.image_in(tokens)), dim=-1)
         spoken = F.normalize(self.word_out(words), dim=-1) * valid[..., None] / valid.sum(1).sqrt()[:, None, None]
         text_rows = self.late(spoken, gather(patches))
-        image_rows = self.late(gather(spoken), patches).T
+        image_rows = self.late(gather(spoken), patches).T if dist.is_initialized() else text_rows.T
         return (by_image + by_text) / 2, (contrastive_loss(text_rows, target) + contrastive_loss(image_rows, target)) / 2
 
     def late(self, words: Float[Tensor, "B L E"], patches: Float[Tensor, "N P E"]) -> Float[Tensor, "B N"]:
         """Sum over words of the best-matching image token."""
-        similarity = (words.flatten(0, 1) @ patches.flatten(0, 1).T).view(*words.shape[:2], *patches.shape[:2])
-        return similarity.amax(-1).sum(1) * self.late_scale.exp()
+        row, place = words.any(-1).nonzero(as_tuple=True)  # padding is zero, and would take as long as words
+        best = (words[row, place] @ patches.flatten(0, 1).T).view(-1, *patches.shape[:2]).amax(-1)
+        return best.new_zeros(len(words), len(patches)).index_add(0, row, best) * self.late_scale.exp()
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ Axes: n pairs, T caption length.
 """
 
 import logging
+import math
 import posixpath
 import random
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -67,6 +68,12 @@ class Pairs:
     """0: a was preferred, 1: b, 2: neither."""
     reasons: Bool[Tensor, "n Q"]
     """Which quality spoke for the choice, in the order total (always), accuracy, fluency, specificity."""
+    made: int = 0
+    """The last so many are of captions that repeat themselves; nobody was asked about them."""
+
+    @property
+    def asked(self) -> int:
+        return len(self) - self.made
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,10 +82,7 @@ class Pairs:
         rows = list(index)
         a, b = ((x0[rows], length[rows]) for x0, length in (self.a, self.b))
         comparisons, images = [self.comparisons[i] for i in rows], [self.rows[i] for i in rows]
-        return Pairs(self.corpus, comparisons, images, a, b, self.label[rows], self.reasons[rows])
-
-    def head(self, count: int) -> "Pairs":
-        return self.some(range(min(count, len(self))))
+        return Pairs(self.corpus, comparisons, images, a, b, self.label[rows], self.reasons[rows], sum(i >= self.asked for i in rows))
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Judgements:
     """Pairs of test images that differ in one fact; only scenes have them."""
     rater_agreement: float
     """Rate at which a second rater makes the same choice, both having chosen a side."""
+    smoothing: float
+    """Share of flipped choices that explains it, by the images that are not for the report."""
     repeats: Pairs | None = None
     """Pairs of test images of which one caption repeats itself."""
 
@@ -104,6 +110,11 @@ def to_pairs(comparisons: Sequence[Comparison], corpus: Corpus) -> Pairs:
     reasons = [[True, *(q in c.reasons for q in ("accuracy", "fluency", "specificity"))] for c in kept]
     label = torch.tensor([LABELS[c.choice] for c in kept], dtype=torch.long)
     return Pairs(corpus, kept, [corpus.row_of[c.image] for c in kept], a, b, label, torch.tensor(reasons, dtype=torch.bool).view(-1, 4))
+
+
+def smoothing_from(agreement: float) -> float:
+    """Share of flipped choices that explains how often two raters agree: p = (1 - e)^2 + e^2."""
+    return 0.0 if math.isnan(agreement) else (1 - math.sqrt(max(2 * agreement - 1, 0.0))) / 2
 
 
 def drawn_pairs(model: DiffusionCaptionModel, corpus: Corpus, count: int, seed: int) -> list[tuple[int, str, str]]:
@@ -194,8 +205,9 @@ def simulated(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Co
         shown = drawn_pairs(base, corpora[split], count, seed_of(seed, "pairs", split))
         pairs[split] = to_pairs(judged(shown, corpora[split], seed_of(seed, "raters", split), judges, bias), corpora[split])
     swapped = [pair for swap in range(SWAPS) for pair in fact_pairs(base, corpora["test"], config, seed_of(seed, "swap", swap))]
-    facts = judged(swapped, corpora["test"], seed_of(seed, "fact raters"), length_bias=bias)
-    return Judgements(pairs["train"], pairs["val"], pairs["test"], to_pairs(facts, corpora["test"]), agreement(pairs["test"]))
+    facts = to_pairs(judged(swapped, corpora["test"], seed_of(seed, "fact raters"), length_bias=bias), corpora["test"])
+    noise = smoothing_from(agreement(pairs["val"]))
+    return Judgements(pairs["train"], pairs["val"], pairs["test"], facts, agreement(pairs["test"]), noise)
 
 
 def about(images: Container[str], records: Sequence[Record], what: str) -> list[Record]:
@@ -207,20 +219,31 @@ def about(images: Container[str], records: Sequence[Record], what: str) -> list[
     return kept
 
 
-def split_pairs(comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config) -> Judgements:
-    """Train (shuffled), val and test by image; captions that repeat themselves are among those of train and val, apart for the report."""
+def split_pairs(
+    comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config, agreed: Callable[[set[str]], float]
+) -> Judgements:
+    """Train (shuffled), val and test by image; captions that repeat themselves come last in train and val, and apart for the report.
+
+    `agreed`: how often two raters of these images agree.
+    """
     parts = split_by_image([c for c in comparisons if c.image in corpus.row_of], SHARES, config.seed)
     again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
-    learned = random.Random(config.seed).sample([*parts[0], *again[0]], len(parts[0]) + len(again[0]))
-    train, val, test, twice = (to_pairs(part, corpus) for part in (learned, [*parts[1], *again[1]], parts[2], again[2]))
-    return Judgements(train, val, test, None, float("nan"), twice)
+    shuffled = random.Random(config.seed).sample(parts[0], len(parts[0]))
+    train, val = (replace(to_pairs([*part, *made], corpus), made=len(made)) for part, made in ((shuffled, again[0]), (parts[1], again[1])))
+    seen, unseen = ({c.image for part in some for c in part} for some in (parts[:2], parts[2:]))
+    return Judgements(
+        train, val, to_pairs(parts[2], corpus), None, agreed(seen | unseen), smoothing_from(agreed(seen)), to_pairs(again[2], corpus)
+    )
 
 
 def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgements:
     """Human ratings of captions of this corpus's images as comparisons, split by image; own captions of an image are left out."""
     ratings = about(corpus.row_of, read_ratings(Path(config.data.ratings)), "ratings name no test image of the data set")
-    found = split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config)
-    return replace(found, rater_agreement=rating_agreement([r for r in ratings if r.origin != OWN_CAPTION], config.seed))
+
+    def agreed(images: set[str]) -> float:
+        return rating_agreement([r for r in ratings if r.origin != OWN_CAPTION and r.image in images], config.seed)
+
+    return split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config, agreed)
 
 
 def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
@@ -230,8 +253,8 @@ def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Cor
     keys = {key for corpus in corpora.values() for key in corpus.row_of}
     found = about(keys, found, "comparisons name no image of the data set")
     corpus = of_images(corpora, {c.image for c in found})
-    one_way = to_pairs([c if c.a <= c.b else flip(c) for c in found], corpus)  # a second rater may have had them the other way round
-    return replace(split_pairs(found, base, corpus, config), rater_agreement=agreement(one_way))
+    one_way = [c if c.a <= c.b else flip(c) for c in found]  # a second rater may have had them the other way round
+    return split_pairs(found, base, corpus, config, lambda images: agreement(to_pairs([c for c in one_way if c.image in images], corpus)))
 
 
 def of_images(corpora: dict[str, Corpus], keys: set[str]) -> Corpus:

@@ -13,7 +13,7 @@ from ..data.text import words_and_owners
 from ..evaluation.evaluate import agreement, build_corpus, preference, with_looks, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
-from ..models.saved import FILES, Eyes, captioner_kind, earlier, load_denoiser, load_eyes, load_reward, save_reward, with_config
+from ..models.saved import FILES, Eyes, captioner_kind, earlier, load_denoiser, load_eyes, load_reward, same_eyes, save_reward, with_config
 from ..repair import Editor
 from ..utils.config import STAGES, ConfigError, Stage
 from ..utils.files import write_json
@@ -21,7 +21,7 @@ from ..utils.seeding import seed_of
 from .alignment import train_alignment
 from .base import train_base
 from .comparisons import Judgements, rated, recorded, simulated
-from .reward import calibrate, examine, fit_ensemble, head_of, smoothing_from, train_reward
+from .reward import calibrate, examine, fit_ensemble, head_of, train_reward
 from .reward_report import reward_report
 from .rlhf import train_rlhf
 from .run import Run
@@ -94,7 +94,7 @@ class Pipeline:
             raise ConfigError(f"{path}: no such file; the reward stage would learn from it, --stage base does without")
 
     def times(self) -> dict[str, float]:
-        """Seconds of every stage that is complete."""
+        """Seconds of every stage that is complete, in the process that completed it."""
         path = self.run.config.results / "stages.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -135,25 +135,31 @@ class Pipeline:
             raise ConfigError(f"{path}: has other eyes or another vocabulary than {self.find('alignment')}")
         return replace(self.eyes, config=replace(self.eyes.config, base=found.config.base)), model.to(self.run.device)
 
+    def load_reward(self, path: Path) -> RewardModel:
+        """A reward model or judge. Raises ConfigError if its eyes are others: its words and its images would mean something else."""
+        its, reward = load_reward(path, self.words)
+        if not same_eyes(its, self.eyes):
+            raise ConfigError(f"{path}: has other eyes or another vocabulary than {self.find('alignment')}; --stage reward trains it anew")
+        return reward.to(self.run.device)
+
     def reward(self) -> None:
         """The reward model, and a judge from other comparisons that only chooses among RLHF checkpoints."""
         (eyes, base), config = self.load_captioner(self.find("base")), self.run.config
         evidence = Evidence(base, self.eyes.alignment, self.words, config.reward.reader_layers).to(self.run.device)
         found = self.judgements(base)
-        smoothing = smoothing_from(found.rater_agreement)
         train, val = examine(evidence, found.train), examine(evidence, found.val)
-        used = head_of(train, config.reward.comparisons or len(train))
-        reward, facts = train_reward(self.run, evidence, used, val, smoothing)
-        calibrate(reward, val)
+        used = head_of(train, config.reward.comparisons or len(train), config.reward.repeats)
+        reward, facts = train_reward(self.run, evidence, used, val, found.smoothing)
+        calibrate(reward, head_of(val, len(val)))
         judge = RewardModel(evidence, config.reward.members, 0, config.reward.pessimism).to(self.run.device)
-        fit_ensemble(judge, val, config.reward, smoothing, seed_of(config.seed, "judge"))
+        fit_ensemble(judge, val, config.reward, found.smoothing, seed_of(config.seed, "judge"))
         for model in (reward, judge):
             self.centre(model)
         reward.weak = Editor(base, self.eyes.tokenizer, reward).usual(self.corpora["val"])
         if self.run.main:
-            facts |= reward_report(reward, found, train, len(used), config.reward, config.seed)
+            facts |= reward_report(reward, found, train, used.pairs.asked, config.reward, config.seed)
             write_json(config.results / "reward_report.json", facts)
-            save_reward(config.models / JUDGE, eyes, judge, {"comparisons": len(val)})
+            save_reward(config.models / JUDGE, eyes, judge, {"comparisons": found.val.asked})
             save_reward(config.models / FILES["reward"], eyes, reward, facts)
 
     def judgements(self, base: DiffusionCaptionModel) -> Judgements:
@@ -191,5 +197,5 @@ class Pipeline:
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
             path = self.find("reward")
-            reward, judge = (preference(load_reward(p, self.words).to(self.run.device)) for p in (path, path.with_name(JUDGE)))
+            reward, judge = (preference(self.load_reward(p)) for p in (path, path.with_name(JUDGE)))
         train_rlhf(self.run, eyes, start, reward, judge, corpora, self.words)

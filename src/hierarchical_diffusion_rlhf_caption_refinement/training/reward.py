@@ -3,7 +3,6 @@
 Axes: n pairs, F features, M members, Q qualities, T caption length, W width, P image tokens.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,15 +62,12 @@ def examine(evidence: Evidence, pairs: Pairs, shuffle: torch.Generator | None = 
     return Examined(pairs, a, b, torch.cat(images))
 
 
-def head_of(data: Examined, count: int) -> Examined:
-    """The first `count` pairs."""
-    a, b = (Side(s.features[:count], s.hidden[:count], s.valid[:count]) for s in (data.a, data.b))
-    return Examined(data.pairs.head(count), a, b, data.image[:count])
-
-
-def smoothing_from(agreement: float) -> float:
-    """Share of flipped choices that explains how often two raters agree: p = (1 - e)^2 + e^2."""
-    return 0.0 if math.isnan(agreement) else (1 - math.sqrt(max(2 * agreement - 1, 0.0))) / 2
+def head_of(data: Examined, count: int, made: float = 0.0) -> Examined:
+    """The first `count` pairs that somebody was asked about, and as a share of them `made` ones."""
+    asked = min(count, data.pairs.asked)
+    rows = [*range(asked), *range(data.pairs.asked, len(data))[: round(made * asked)]]
+    a, b = (Side(s.features[rows], s.hidden[rows], s.valid[rows]) for s in (data.a, data.b))
+    return Examined(data.pairs.some(rows), a, b, data.image[rows])
 
 
 def targets(label: Int[Tensor, " n"], smoothing: float) -> Float[Tensor, "n 3"]:

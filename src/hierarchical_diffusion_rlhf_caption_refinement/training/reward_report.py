@@ -16,8 +16,8 @@ from ..evaluation.evaluate import interval_row
 from ..models.reward import BLIND, FEATURES, RewardModel
 from ..utils.config import RewardConfig
 from ..utils.seeding import generator
-from .comparisons import Judgements, Pairs
-from .reward import Examined, decided_accuracy, examine, fit_ensemble, fit_linear, head_of, mean_margin, smoothing_from, targets
+from .comparisons import Judgements, Pairs, smoothing_from
+from .reward import Examined, decided_accuracy, examine, fit_ensemble, fit_linear, head_of, mean_margin, targets
 
 
 def accuracy_row(margin: Float[Tensor, " n"], pairs: Pairs) -> dict[str, float]:
@@ -66,10 +66,10 @@ def learning_curve(
 ) -> dict[str, Any]:
     """Accuracy of the linear ensemble from the first n comparisons."""
     rows: dict[str, Any] = {}
-    for count in sorted({min(n, len(train)) for n in config.curve}):
+    for count in sorted({min(n, train.pairs.asked) for n in config.curve}):
         head = RewardModel(reward.evidence, config.members, 0, config.pessimism)
         head.to(reward.linear.device)
-        fit_ensemble(head, head_of(train, count), config, smoothing, seed)
+        fit_ensemble(head, head_of(train, count, config.repeats), config, smoothing, seed)
         rows[str(count)] = accuracy_row(mean_margin(head, test), test.pairs)
     return rows
 
@@ -91,9 +91,9 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, used:
     margin = mean_margin(reward, test)
     shuffled = mean_margin(reward, examine(reward.evidence, found.test, generator(seed, "shuffled images")))
     accuracy = accuracy_row(margin, found.test)
-    ceiling, same = found.rater_agreement, head_of(train, used)
+    ceiling, same = found.rater_agreement, head_of(train, used, config.repeats)
     report: dict[str, Any] = {
-        "comparisons": {"train": used, "val": len(found.val), "test": len(found.test)},
+        "comparisons": {"train": used, "val": found.val.asked, "test": len(found.test)},
         "accuracy": accuracy,
         "rater_agreement": ceiling,
         "share_of_ceiling": accuracy["value"] / ceiling if ceiling > 0 else None,
@@ -110,8 +110,7 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, used:
     }
     if found.repeats is not None and len(found.repeats):
         report["repetition"] = accuracy_row(mean_margin(reward, examine(reward.evidence, found.repeats)), found.repeats)
-    smoothing = smoothing_from(ceiling)
-    report["curve"] = learning_curve(reward, train, test, config, smoothing, seed)
+    report["curve"] = learning_curve(reward, train, test, config, found.smoothing, seed)
     if found.facts is not None and len(found.facts):
         seen = mean_margin(reward, examine(reward.evidence, found.facts))
         unseen = mean_margin(reward, examine(reward.evidence, found.facts, generator(seed, "shuffled facts")))

@@ -109,7 +109,7 @@ def policy_loss(
     ratio = (scored.logp - rollout.logp).exp()
     facts = {
         "kl": kl.mean(),
-        "entropy": (categorical_entropy(scored.distribution) * written).sum() / written.sum(),
+        "entropy": (categorical_entropy(scored.distribution.detach()) * written).sum() / written.sum(),
         "clipped": (((ratio - 1).abs() > config.clip) * written).sum() / written.sum(),
     }
     if rollout.anchor is not None:
@@ -170,11 +170,11 @@ class Trainer:
         fit, inner = self.config.rlhf.fit, self.config.rlhf.inner_updates
         return index * inner / (fit.grad_accum * fit.epochs * steps_per_epoch(fit, len(self.corpus), inner))
 
-    def rows(self, index: int) -> list[int]:
-        """Images of rollout `index` that are this process's."""
+    def rows(self, index: int) -> tuple[list[int], slice]:
+        """Images of rollout `index`, and this process's part of them."""
         size, accelerator = self.config.rlhf.fit.batch_size, self.run.accelerator
         rows = batch_indices(len(self.corpus), size, index, self.config.seed, "rlhf")
-        return rows[share(size, accelerator.process_index, accelerator.num_processes)]
+        return rows, share(size, accelerator.process_index, accelerator.num_processes)
 
     @torch.no_grad()
     def sample(
@@ -194,7 +194,8 @@ class Trainer:
         config, group, shaping = self.config.rlhf, self.config.rlhf.group, self.config.shaping
         drafts = shaping.dense == "step_potential" and shaping.clip_weight > 0
         with self.run.accelerator.autocast():  # as the policy is scored, or their ratio would not start at 1; rewards stay exact
-            rows = self.rows(index)
+            whole, part = self.rows(index)
+            rows = whole[part]
             t, image, joint = self.sample(self.policy, rows, self.corpus, ("rollout", index), drafts)
             learned = t if config.logprob == "trajectory" else self.mean_field(t, image)
             base = score(self.reference, t.x0, learned.step, t.length, image, config.temperature)
@@ -210,7 +211,7 @@ class Trainer:
         anchor = None
         if config.anchor:
             g = generator(self.config.seed, "anchor", index)
-            anchor = caption_batch(self.corpus, rows, slice(None), self.config.base, g)
+            anchor = caption_batch(self.corpus, whole, part, self.config.base, g)
         return Rollout(
             t.x0, learned.step, t.length, image, learned.logp, t.length_logp, shaped.advantage, shaped.length,
             base.distribution, base.length_distribution, anchor, rollout_facts(t, dense, sparse, shaped, group),
@@ -298,7 +299,8 @@ def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows:
     for start in range(0, len(rows), chunk):  # with a large vocabulary two whole distributions of every token are gigabytes
         some = rows[start : start + chunk]
         t, image, _ = trainer.sample(policy, some, corpus, "held out")
-        mine, base = (score(model, t.x0, t.step, t.length, image, temperature) for model in (policy, trainer.reference))
+        with trainer.run.accelerator.autocast():  # as it is trained; only the policy's own forward would be otherwise
+            mine, base = (score(model, t.x0, t.step, t.length, image, temperature) for model in (policy, trainer.reference))
         inside = revealed(t.step)
         words = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
         kl += len(some) * float(words + categorical_kl(mine.length_distribution, base.length_distribution).mean())

@@ -195,7 +195,7 @@ class BaseConfig(Group):
     backbone: str = ""
     """Hugging Face GPT-2 id or directory to start from, with its tokenizer; empty: train from scratch at the size below."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on the backbone, whose own weights then stay (needs the extra `peft`); 0 trains everything."""
+    """Rank of LoRA adapters on the backbone, whose own weights stay until RLHF (needs the extra `peft`); 0 trains everything."""
     width: int = 128
     """Width of the token states."""
     layers: int = 3
