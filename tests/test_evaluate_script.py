@@ -77,7 +77,7 @@ def test_a_reward_model_of_other_eyes(there, capsys):
     assert cli.evaluate(["--checkpoint", RLHF]) == cli.predict(["--checkpoint", RLHF, "x.png", "--candidates", "2"]) == 1
     assert capsys.readouterr().err == f"error: {line}\n" * 2
     config = load_config([SMOKE], ["data.test=4"])  # a training run between its stages goes on without it
-    assert summarise(config, [], {}, Path("cache"))[1]["rlhf"].reward is None
+    assert summarise(config, [], {"seconds": {"base": 1.0, "rlhf": 1.0}}, Path("cache"))[1]["rlhf"].reward is None
     cli.caption_fresh_images(config, Console())
     assert capsys.readouterr().out == f"no captions of new images: {line}\n"
 

@@ -86,6 +86,9 @@ def test_a_report_and_captions_of_fresh_images(smoke):
     assert len(list((smoke / "results/smoke/fresh").glob("scene_*.png"))) == cli.FRESH
 
 
+FINISH = cli.finish
+
+
 @pytest.fixture
 def copy(smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished run once more, to be changed, and the working directory; the evaluation at the end of commands is left out."""
@@ -126,11 +129,51 @@ def test_a_finished_run_is_left_alone_when_resumed(copy):
     assert (copy / "results/smoke/metrics.jsonl").read_text() == log
 
 
-def test_a_stage_that_starts_over_unmakes_what_was_built_on_it(copy):
+def test_a_stage_that_starts_over_unmakes_what_was_built_on_it(copy, monkeypatch):
+    monkeypatch.setattr(cli, "finish", FINISH)
     assert cli.train(["--config", str(SMOKE), "--stage", "base", "seed=1", "base.fit.epochs=1"]) == 0
     assert set(json.loads((copy / "results/smoke/stages.json").read_text())) == {"alignment", "base"}
     assert {path.name for path in (copy / "models/smoke").glob("last_*.pt")} == {"last_alignment.pt", "last_base.pt"}
-    assert [row["epoch"] for row in rows(copy) if row["stage"] == "base"] == [1]
+    assert [(row["stage"], row["epoch"]) for row in rows(copy) if row["stage"] != "alignment"] == [("base", 1)]
+    summary = json.loads((copy / "results/smoke/training_summary.json").read_text())  # and nothing is told of what is stale
+    assert set(summary["gold"]) == {"data", "base"} and "reward" not in summary and "win_rate" not in summary
+
+
+def test_a_data_set_that_is_not_there_takes_nothing_away(copy, capsys):
+    before = {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))}
+    stages = (copy / "results/smoke/stages.json").read_text()
+    assert cli.train(["--config", str(SMOKE), "--stage", "base", "data.source=folder", "data.path=typo"]) == 1
+    assert "typo" in capsys.readouterr().err and (copy / "results/smoke/stages.json").read_text() == stages
+    assert {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))} == before
+
+
+def test_what_is_kept_was_made_with_these_settings(copy, capsys):
+    told = (copy / "results/smoke/config.json").read_text()
+    assert cli.train(["--config", str(SMOKE), "--resume", "base.width=64", "rlhf.fit.lr=0.01"]) == 2
+    assert capsys.readouterr().err == (
+        "error: models/smoke/best_base_model.pt: was trained with base.width=32, now it is 64; without --resume it is trained anew\n"
+    )
+    assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "--resume", "rlhf.fit.lr=0.01"]) == 2
+    assert "best_rlhf_model.pt: was trained with rlhf.fit.lr=" in capsys.readouterr().err
+    assert (copy / "results/smoke/config.json").read_text() == told
+
+
+def test_a_stage_is_resumed_on_the_data_and_models_that_it_began_with(copy, capsys):
+    stages = copy / "results/smoke/stages.json"
+    stages.write_text(json.dumps({"alignment": 1.0}))
+    kept = Path("models/smoke/alignment_model.pt")
+    payload = checkpoint.load(kept, "alignment")
+    payload["config"]["data"]["captions_per_image"] = 1
+    checkpoint.save(kept, "alignment", payload)
+    assert cli.train(["--config", str(SMOKE), "--resume", "data.captions_per_image=1"]) == 1
+    assert "models/smoke/last_base.pt: was trained with the data set=" in capsys.readouterr().err
+    stages.write_text(json.dumps(dict.fromkeys(["alignment", "base", "reward"], 1.0)))
+    reward = Path("models/smoke/best_reward_model.pt")
+    payload = checkpoint.load(reward, "reward")
+    payload["model"]["linear"].mul_(-1.0)
+    checkpoint.save(reward, "reward", payload)
+    assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "--resume"]) == 1
+    assert "models/smoke/last_rlhf.pt: was trained with best_reward_model.pt=" in capsys.readouterr().err
 
 
 def test_an_unfinished_alignment_is_finished_before_the_base_model_begins(copy):

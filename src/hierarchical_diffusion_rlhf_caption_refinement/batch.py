@@ -1,7 +1,6 @@
 """A batch of images to caption that can be killed at any moment and started again: what is done is in its log, and is not done twice."""
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -103,15 +102,6 @@ class Review(Work):
             return self.captioner.editor.repair(draft, seen.tokens, seen.joint, seen.key, self.seed, self.weak)
         except ValueError as error:
             return error
-
-
-def fingerprint(files: Sequence[Path], *settings: object) -> str:
-    """Of the content of the models' files and of settings."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def ahead(tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Image]"]]:

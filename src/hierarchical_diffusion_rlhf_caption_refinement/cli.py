@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -66,11 +66,13 @@ def _train(args: argparse.Namespace) -> int:
         if config.track:
             accelerator.init_trackers(config.run)
         log = RunLog(config.results, main=accelerator.is_main_process, track=accelerator.log if config.track else None)
+        pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
+        stages: Sequence[Stage] = config.stages if args.stage == "all" else [args.stage]
+        pipeline.check(stages)
         if accelerator.is_main_process:
             told = {"threads": threads, "mixed_precision": accelerator.mixed_precision}
             write_json(config.results / "config.json", to_plain(config) | told)
-        pipeline = Pipeline(Run(config, accelerator, log, args.resume, CACHE))
-        pipeline.train(config.stages if args.stage == "all" else [cast(Stage, args.stage)])
+        pipeline.train(stages)
         if accelerator.is_main_process:
             finish(config, log, pipeline.times())
         accelerator.end_training()
@@ -90,7 +92,7 @@ def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
 
     report = config.results / "reward_report.json"
     facts: dict[str, Any] = {"seconds": seconds, "config": to_plain(config)}
-    if report.exists():
+    if "reward" in seconds:
         facts["reward"] = json.loads(report.read_text())
     rows = log.rows()
     summary, found = summarise(config, rows, facts, CACHE)
@@ -102,7 +104,8 @@ def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
         console.print(quality_table({name: e.metrics for name, e in found.items()}, summary.get("gold", {}).get("data")))
         if win := summary.get("win_rate"):
             console.print(won("the refined model", "the base model", win))
-        caption_fresh_images(config, console)
+        if "rlhf" in found:
+            caption_fresh_images(config, console)
     console.print(f"summary  {config.results / 'training_summary.json'}\nreport   {page}", soft_wrap=True)
 
 
@@ -129,10 +132,10 @@ def caption_fresh_images(config: Config, console: Console) -> None:
     """Render scenes that no split holds, save them as files, and caption the files as a user would."""
     from .captioner import Captioner
     from .data.scenes import render, sample_scene
-    from .models.saved import FILES, OtherEyesError
+    from .models.saved import OtherEyesError
     from .utils.seeding import usable_device
 
-    if config.data.source != "scenes" or not (config.models / FILES["rlhf"]).exists():
+    if config.data.source != "scenes":
         return
     folder = config.results / "fresh"
     folder.mkdir(parents=True, exist_ok=True)
@@ -378,10 +381,11 @@ def _predict(args: argparse.Namespace) -> int:
 
 def read_work(args: argparse.Namespace) -> Any:
     """The model and the settings, checked. Raises ConfigError, CheckpointError."""
-    from .batch import Review, Work, fingerprint
+    from .batch import Review, Work
     from .captioner import Captioner, Wishes
     from .models.reward import EVEN, Dials
     from .utils.config import with_overrides
+    from .utils.files import fingerprint
     from .utils.seeding import usable_device
 
     texts = tuple(args.must_include), tuple(args.ban), args.template

@@ -107,10 +107,11 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
-    """All that `results/training_summary.json` holds, from the log and from whichever checkpoints there are."""
+    """All that `results/training_summary.json` holds, from the log and from the checkpoints of the stages that are complete."""
     paths: dict[Kind, Path] = {"base": earlier(config, "base"), "rlhf": config.models / FILES["rlhf"]}
+    done = facts["seconds"].keys() | ({"base"} if config.start_from else set())
     found: dict[str, Evaluation] = {
-        k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if path.exists()
+        k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if k in done and path.exists()
     }
     summary: dict[str, Any] = {"run": config.run} | facts | {"stages": tables(rows)}
     summary["evaluation"] = {kind: e.metrics for kind, e in found.items()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..data.corpus import Corpus
 from ..data.sources import Example, load_examples
@@ -13,10 +14,23 @@ from ..data.text import words_and_owners
 from ..evaluation.evaluate import agreement, build_corpus, preference, with_looks, write_captions
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import Evidence, RewardModel, Words
-from ..models.saved import FILES, Eyes, captioner_kind, earlier, load_denoiser, load_eyes, load_reward, same_eyes, save_reward, with_config
+from ..models.saved import (
+    FILES,
+    Eyes,
+    captioner_kind,
+    earlier,
+    load_denoiser,
+    load_eyes,
+    load_reward,
+    same_eyes,
+    save_reward,
+    settings_from,
+    with_config,
+)
 from ..repair import Editor
-from ..utils.config import STAGES, ConfigError, Stage
-from ..utils.files import write_json
+from ..utils import checkpoint
+from ..utils.config import STAGES, ConfigError, Stage, flat, to_plain
+from ..utils.files import fingerprint, write_json
 from ..utils.seeding import seed_of
 from .alignment import train_alignment
 from .base import train_base
@@ -32,6 +46,15 @@ CENTRED = 200
 """Captions of the base model's that give the reward its zero and its unit, at least."""
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
+
+
+READ: dict[Stage, tuple[str, ...]] = {
+    "alignment": ("seed", "data", "vision", "alignment"), "base": ("seed", "data", "base"), "reward": ("seed", "data", "reward"),
+    "rlhf": ("seed", "data", "shaping", "rlhf"),
+}  # fmt: skip
+"""Groups of the config that a kept stage must have been trained with."""
+WHERE = ("data.path", "data.images", "data.downloads")
+"""Where the data lie may change."""
 
 
 class MissingStage(ValueError):
@@ -70,22 +93,38 @@ class Pipeline:
 
     def train(self, stages: Sequence[Stage]) -> None:
         """Run the stages; when resuming, those that are complete are left as they are."""
-        self.check_judgements(stages)
         for stage in stages:
-            if self.run.resume and self.complete(stage):
+            if self.kept(stage):
                 continue
+            self.examples  # noqa: B018  nothing is taken away for a data set that is not there
             self.begin(stage)
             started = time.perf_counter()
             getattr(self, stage)()
             self.run.accelerator.wait_for_everyone()
             self.note(self.times() | {stage: time.perf_counter() - started})
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Raises ConfigError, before hours of work, for a kept stage that was made with other settings than these, and if the reward stage
+        would have nothing to learn from."""
+        for stage in stages:
+            if self.kept(stage):
+                self.check_settings(stage)
+        self.check_judgements(stages)
+
+    def check_settings(self, stage: Stage) -> None:
+        path, groups = self.run.config.models / FILES[stage], READ[stage]
+        made, now = (flat(to_plain(config)) for config in (settings_from(checkpoint.load(path, stage)["config"], path), self.run.config))
+        shape = ("base.width", "base.layers", "base.heads") if self.run.config.base.backbone else ()  # the backbone's, in the file
+        for key, value in now.items():
+            read = key.split(".")[0] in groups and key not in (*WHERE, *shape) and not key.endswith(".save_every")
+            if read and made[key] != value:
+                raise ConfigError(f"{path}: was trained with {key}={made[key]}, now it is {value}; without --resume it is trained anew")
+
     def check_judgements(self, stages: Sequence[Stage]) -> None:
-        """Raises ConfigError, before hours of work, if the reward stage would have nothing to learn from."""
         data, done = self.run.config.data, earlier(self.run.config, "reward").exists()
         path = data.ratings or data.comparisons
         asked = "rlhf" in stages and self.run.config.rlhf.sparse == "preference" and not done
-        to_do = not (self.run.resume and self.complete("reward")) if "reward" in stages else asked
+        to_do = not self.kept("reward") if "reward" in stages else asked
         if not to_do:
             return
         if not path and data.source != "scenes":
@@ -105,23 +144,34 @@ class Pipeline:
     def complete(self, stage: Stage) -> bool:
         return stage in self.times() and (self.run.config.models / FILES[stage]).exists()
 
+    def kept(self, stage: Stage) -> bool:
+        """Whether the stage is complete and not to be trained again."""
+        return self.run.resume and self.complete(stage)
+
+    def holding(self, *built_on: Path, **more: Any) -> Run:
+        """The run, held to the data set, to these checkpoints and to `more` when it is resumed."""
+        told = {split: [(e.key, e.captions) for e in self.examples[split]] for split in ("train", "val")}
+        given = {"the data set": fingerprint([], told)} | {path.name: fingerprint([path]) for path in built_on}
+        return replace(self.run, given=given | {name: fingerprint([], value) for name, value in more.items()})
+
     def begin(self, stage: Stage) -> None:
-        """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights."""
+        """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights, or told of them."""
         after = STAGES[STAGES.index(stage) :]
-        if self.run.main and not self.run.resume:
+        if self.run.main and not (self.run.resume and self.run.last(stage).exists()):
             for name in reversed(after):
                 self.run.last(name).unlink(missing_ok=True)
+                self.run.log.rewind(name, -1)
         times = self.times()
         self.run.accelerator.wait_for_everyone()
         self.note({name: value for name, value in times.items() if name not in after})
 
     def alignment(self) -> None:
-        train_alignment(self.run, self.examples)
+        train_alignment(self.holding(), self.examples)
 
     def base(self) -> None:
         if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
-        train_base(self.run, self.eyes, self.with_training_looks())
+        train_base(self.holding(self.find("alignment")), self.eyes, self.with_training_looks())
 
     def with_training_looks(self) -> dict[str, Corpus]:
         """The splits, with the training images seen in all the ways that the base model is to see them."""
@@ -149,7 +199,8 @@ class Pipeline:
         found = self.judgements(base)
         train, val = examine(evidence, found.train), examine(evidence, found.val)
         used = head_of(train, config.reward.comparisons or len(train), config.reward.repeats)
-        reward, facts = train_reward(self.run, evidence, used, val, found.smoothing)
+        run = self.holding(self.find("base"), comparisons=[*used.pairs.comparisons, *val.pairs.comparisons])
+        reward, facts = train_reward(run, evidence, used, val, found.smoothing)
         calibrate(reward, head_of(val, len(val)))
         judge = RewardModel(evidence, config.reward.members, 0, config.reward.pessimism).to(self.run.device)
         fit_ensemble(judge, val, config.reward, found.smoothing, seed_of(config.seed, "judge"))
@@ -190,12 +241,13 @@ class Pipeline:
     def rlhf(self) -> None:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         config = self.run.config
-        eyes, start = self.load_captioner(Path(config.rlhf.start) if config.rlhf.start else self.find("base"))
+        built_on = [Path(config.rlhf.start) if config.rlhf.start else self.find("base")]
+        eyes, start = self.load_captioner(built_on[0])
         corpora = self.with_training_looks() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
             train = self.corpora["train"]
             reward, judge = agreement(train, config.rlhf.neighbours, REPEATED), agreement(train)
         else:
-            path = self.find("reward")
-            reward, judge = (preference(self.load_reward(p)) for p in (path, path.with_name(JUDGE)))
-        train_rlhf(self.run, eyes, start, reward, judge, corpora, self.words)
+            built_on += [path := self.find("reward"), path.with_name(JUDGE)]
+            reward, judge = (preference(self.load_reward(p)) for p in built_on[1:])
+        train_rlhf(self.holding(*built_on), eyes, start, reward, judge, corpora, self.words)

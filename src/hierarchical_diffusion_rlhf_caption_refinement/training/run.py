@@ -1,7 +1,7 @@
 """What every stage is given: the settings, the processes, the log, and one way to train."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ class Run:
     log: RunLog
     resume: bool
     cache: Path = Path("cache")
+    given: dict[str, str] = field(default_factory=dict)
+    """What the stage in hand is given, by fingerprint: the data, earlier checkpoints. It resumes on the same alone."""
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +91,7 @@ class Run:
                 log=log,
                 last=self.last(stage),
                 boundary=boundary,
-                held=held,
+                held=(held or {}) | self.given,
             )
 
 

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,15 @@ def reserved(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another run is writing {path.parent}") from None
         yield
+
+
+def fingerprint(files: Iterable[Path], *values: object) -> str:
+    """Of the content of files and of values, as they are printed."""
+    digest = hashlib.sha256(repr(values).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
