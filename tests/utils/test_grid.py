@@ -41,6 +41,16 @@ def test_jobs_come_after_what_they_need_and_know_their_settings(tmp_path):
     assert {job.seed for job in read_grid(grid_of(tmp_path), [8]).jobs()} == {8}
 
 
+def test_settings_may_be_nested_as_in_config_files(tmp_path):
+    nested = TEXT.replace("{reward.members: 1}", "{reward: {members: 1}, rlhf: {fit: {epochs: 2}}}")
+    nested = nested.replace("{reward.comparisons: 30}", "{reward: {comparisons: 30}}").replace("{rlhf.group: 5}", "{rlhf: {group: 5}}")
+    plain = TEXT.replace("{reward.members: 1}", "{reward.members: 1, rlhf.fit.epochs: 2}")
+    grid, same = read_grid(grid_of(tmp_path, nested)), read_grid(grid_of(tmp_path, plain))
+    assert grid == same and grid.jobs() == same.jobs()
+    alone = next(job for job in grid.jobs() if job.name == "few/alone/3")
+    assert alone.stages == ("reward", "rlhf") and alone.config.reward.members == 1  # not measured with the shared ensemble of four
+
+
 def test_facts_tell_all_settings_as_arguments(tmp_path):
     grid = read_grid(grid_of(tmp_path))
     steps = next(job for job in grid.jobs() if job.arm == "steps")
@@ -65,6 +75,13 @@ def test_every_shipped_grid_is_one(path):
         ("{rlhf.group: 5}", "[rlhf.group=5]", "settings: expected key: value pairs"),
         ("rlhf.group: 5", "rlhf.groups: 5", "unknown key 'rlhf.groups'; did you mean 'rlhf.group'"),
         ("reward.members: 1", "rlhf.kl: much", "rlhf.kl"),
+        ("reward.members: 1", "base.width: 64", "alone: base.width: all arms of a seed share its data, alignment and base model"),
+        ("many: {}", "many: {data: {train: 9}}", "many: data.train: all arms of a seed share"),
+        ("{reward.members: 1}", "[1]", "alone: expected key: value pairs"),
+        ("rlhf.group: 5", "seed: 5", "settings: seed: a grid sets that itself"),
+        ("[3, 4]", "3", "seeds: expected a list of whole numbers, got 3"),
+        ("[3, 4]", "[]", "seeds: expected a list of whole numbers"),
+        ("seeds: [3, 4]", "config: [1]", "config: expected a list of texts"),
     ],
 )
 def test_what_is_no_grid_is_refused_before_hours_of_work(tmp_path, old, new, message):

@@ -564,7 +564,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in tree.items():
         plain = list(value) if isinstance(value, tuple) else value
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: plain}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": plain}
     return found
 
 

@@ -16,6 +16,8 @@ NAME = re.compile(r"[\w.+-]+")
 
 LATER: dict[Stage, tuple[str, ...]] = {"base": ("sampler", "reward", "shaping", "rlhf"), "reward": ("shaping", "rlhf"), "rlhf": ()}
 """Groups of the config that matter only after a stage."""
+TAKEN = ("run", "seed", "threads", "start_from")
+"""What a grid sets itself, run by run."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,47 @@ def spelled(settings: Settings) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
+def _settings(where: str, own: Any) -> Settings:
+    """Nested or not, as config files have them. Raises ConfigError."""
+    if not isinstance(own, dict):
+        raise ConfigError(f"{where}: expected key: value pairs")
+    found = flat(own)
+    if taken := [key for key in found if key in TAKEN]:
+        raise ConfigError(f"{where}: {taken[0]}: a grid sets that itself, run by run")
+    return found
+
+
+def _own(where: str, own: Any) -> Settings:
+    """Those of an arm or a regime, which cannot tell apart what all of them build on. Raises ConfigError."""
+    found, groups = _settings(where, {} if own is None else own), LATER["base"]
+    if wrong := [key for key in found if key.split(".")[0] not in groups]:
+        why = "all arms of a seed share its data, alignment and base model"
+        raise ConfigError(f"{where}: {wrong[0]}: {why}; this is for the grid's settings, arms and regimes have {', '.join(groups)}")
+    return found
+
+
+def _listed(where: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """One or more values of this type in a list. Raises ConfigError."""
+    if not isinstance(value, list) or not value or any(type(one) is not kind for one in value):
+        raise ConfigError(f"{where}: expected a list of {'whole numbers' if kind is int else 'texts'}, got {value!r}")
+    return tuple(value)
+
+
 def read_grid(path: Path, seeds: Sequence[int] = ()) -> Grid:
     """The grid of a YAML file, perhaps with other seeds. Raises ConfigError."""
     tree = {"config": [], "seeds": [0], "settings": {}, "regimes": {"default": {}}} | read_yaml(path)
     known = {f.name for f in fields(Grid)} - {"name"}
     if wrong := sorted(known ^ tree.keys()):
         raise ConfigError(f"{path}: {wrong[0]}: a grid has arms and a baseline, and may have config, regimes, seeds, settings")
-    if wrong := [key for key in ("arms", "regimes", "settings") if not isinstance(tree[key], dict)]:
+    if wrong := [key for key in ("arms", "regimes") if not isinstance(tree[key], dict)]:
         raise ConfigError(f"{path}: {wrong[0]}: expected key: value pairs")
-    arms, regimes = ({str(name): own or {} for name, own in tree[key].items()} for key in ("arms", "regimes"))
+    arms, regimes = ({str(name): _own(f"{path}: {name}", own) for name, own in tree[key].items()} for key in ("arms", "regimes"))
     for name in (*arms, *regimes):
         if not NAME.fullmatch(name) or name in ("base", "reward"):
             raise ConfigError(f"{path}: '{name}' is no name of an arm or a regime: letters, digits and _.+- are, base and reward are taken")
-    if tree["baseline"] not in arms:
-        raise ConfigError(f"{path}: the baseline '{tree['baseline']}' is none of the arms")
+    if (baseline := str(tree["baseline"])) not in arms:
+        raise ConfigError(f"{path}: the baseline '{baseline}' is none of the arms")
     files = [tree["config"]] if isinstance(tree["config"], str) else tree["config"]
-    config = tuple(str(path.parent / name) for name in files)
-    return Grid(path.stem, tree["baseline"], arms, regimes, tuple(seeds or tree["seeds"]), config, tree["settings"])
+    config = tuple(str(path.parent / name) for name in _listed(f"{path}: config", files, str)) if files else ()
+    settings, listed = _settings(f"{path}: settings", tree["settings"]), _listed(f"{path}: seeds", tree["seeds"], int)
+    return Grid(path.stem, baseline, arms, regimes, tuple(seeds) or listed, config, settings)
