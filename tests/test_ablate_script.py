@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hierarchical_diffusion_rlhf_caption_refinement.ablate import ablate, run_all, to_do
+from hierarchical_diffusion_rlhf_caption_refinement.ablate import ablate, exit_code, run_all, to_do
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
@@ -85,13 +85,27 @@ def test_a_failure_is_recorded_takes_along_what_needs_it_and_no_more(grid: Path,
     """The jobs' processes here write down their names; one of them fails."""
     code = "import sys; name = sys.argv[-1]; open('order.txt', 'a').write(name + '\\n'); sys.exit('no luck' if %r in name else 0)"
     loaded, out = read_grid(grid, [0, 1]), Path("out")
-    run_all(loaded, loaded.jobs(), [sys.executable, "-c", code % "reward/0"], 2, out)
+    failed = run_all(loaded, loaded.jobs(), [sys.executable, "-c", code % "reward/0"], 2, out)
+    assert failed == {"few/reward/0", "few/sparse_only/0"} and exit_code(loaded.jobs(), failed) == 3
     ran = Path("order.txt").read_text().split()
     assert sorted(ran) == sorted(job.name for job in loaded.jobs() if job.name != "few/sparse_only/0")
     assert all(ran.index(need) < ran.index(job.name) for job in loaded.jobs() if job.name in ran for need in job.needs)
     assert [str(path) for path in out.rglob("*.json")] == ["out/few/sparse_only/0.json"]
     assert json.loads((out / "few/sparse_only/0.json").read_text())["error"] == "few/reward/0 failed"
     assert "failed: few/reward/0: exit code 1: no luck" in capsys.readouterr().out
+
+
+def test_the_exit_code_tells_whether_all_or_some_failed(grid: Path, monkeypatch: pytest.MonkeyPatch):
+    command, names = [str(grid), "--output", "out"], ["base/0", "few/reward/0", "few/sparse_only/0", "few/one_member/0"]
+    for failing, code in ((names, 1), (names[1:3], 3), ([], 0)):
+        monkeypatch.setattr(f"{ablate.__module__}.run_all", lambda *args, failing=failing: set(failing))
+        assert ablate(command) == code
+    assert exit_code([job for job in read_grid(grid).jobs() if not job.arm], {"base/0"}) == 1
+
+
+def test_without_a_record_there_is_nothing_to_report(grid: Path, capsys: pytest.CaptureFixture[str]):
+    assert ablate([str(grid), "--report-only", "--output", "nothing"]) == 2
+    assert capsys.readouterr().err == "error: --output nothing: no record of an arm, nothing to report\n" and not Path("nothing").exists()
 
 
 def test_there_is_no_negative_number_of_processes(grid: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,6 +16,10 @@ from .utils.config import ConfigError
 from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
 
+CODES = """
+Exit codes: 0 done, 1 failed (all arms that were to do), 2 wrong usage, 3 done but some arms failed, 130 interrupted.
+"""
+
 
 def not_negative(text: str) -> int:
     if (value := int(text)) < 0:
@@ -24,7 +28,7 @@ def not_negative(text: str) -> int:
 
 
 def ablate_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.")
+    parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.", epilog=CODES)
     parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/arms.yaml")
     parser.add_argument("--jobs", type=not_negative, default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
@@ -45,7 +49,7 @@ def ablate(argv: Sequence[str] | None = None, prog: str = "ablate.py") -> int:
 
 def _ablate(args: argparse.Namespace) -> int:
     grid = read_grid(find_config(str(args.grid)), args.seeds)
-    output = args.output or Path("docs/results") / f"ablation_{grid.name}"
+    output, code = args.output or Path("docs/results") / f"ablation_{grid.name}", 0
     if not args.report_only:
         chosen = to_do(grid.jobs(), args.only, output)
         if args.jobs:
@@ -53,7 +57,7 @@ def _ablate(args: argparse.Namespace) -> int:
             command = [sys.executable, "-m", __name__, str(args.grid), "--jobs", "0", "--output", str(output)]
             command += ["--seeds", *map(str, grid.seeds), *(["--base-from", args.base_from] if args.base_from else [])]
             try:
-                run_all(grid, chosen, command, args.jobs, output)
+                code = exit_code(chosen, run_all(grid, chosen, command, args.jobs, output))
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on from here", file=sys.stderr)
                 return 130
@@ -63,10 +67,18 @@ def _ablate(args: argparse.Namespace) -> int:
             for job in chosen:
                 run_job(grid, job, output, args.base_from)
             return 0
-    from .evaluation.ablation import write_page
+    from .evaluation.ablation import read_records, write_page
 
+    if args.report_only and not read_records(output):
+        raise ConfigError(f"--output {output}: no record of an arm, nothing to report")
     print(f"tables   {write_page(grid, output, args.grid)}")
-    return 0
+    return code
+
+
+def exit_code(jobs: Sequence[Job], failed: set[str]) -> int:
+    """As of `predict`: 1 if all arms (or, where none was asked for, any job) failed, 3 if some did."""
+    arms = {job.name for job in jobs if job.arm}
+    return 0 if not failed else 1 if arms <= failed else 3
 
 
 def done(job: Job, output: Path) -> bool:
@@ -89,8 +101,11 @@ def to_do(jobs: Sequence[Job], pattern: str, output: Path) -> list[Job]:
     return [job for job in jobs if job.name in wanted]
 
 
-def run_all(grid: Grid, jobs: Sequence[Job], command: list[str], processes: int, output: Path) -> None:
-    """Each job in a process of its own, as soon as what it needs is done; one that fails is recorded, and the others go on."""
+def run_all(grid: Grid, jobs: Sequence[Job], command: list[str], processes: int, output: Path) -> set[str]:
+    """Each job in a process of its own, as soon as what it needs is done; one that fails is recorded, and the others go on.
+
+    Returns the names of those that failed.
+    """
     waiting, live, failed = list(jobs), list[tuple[Job, subprocess.Popen[bytes], float]](), set[str]()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the processes are told, too
     try:
@@ -116,6 +131,7 @@ def run_all(grid: Grid, jobs: Sequence[Job], command: list[str], processes: int,
             process.terminate()
         for _, process, _ in live:
             process.wait()
+    return failed
 
 
 def log_of(job: Job) -> Path:

@@ -1,4 +1,4 @@
-"""The commands: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some images failed, 130 interrupted."""
+"""The commands: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some images (or arms) failed, 130 interrupted."""
 
 import argparse
 import heapq
