@@ -198,6 +198,13 @@ def test_one_crowd_vote_does_not_decide(one: list[int], two: list[int], tie: boo
     assert (found.choice == "tie") is tie and found.gap != 0
 
 
+@pytest.mark.parametrize(("one", "two"), [(0.9, 0.55), (1, 0.7)])
+def test_shares_on_the_scale_of_votes_are_no_votes(one: float, two: float) -> None:
+    ratings = [Rating("x.jpg", caption, (value,), (0, 1)) for caption, value in {"one": one, "two": two}.items()]
+    (found,) = ratings_to_comparisons(ratings)
+    assert getattr(found, found.choice) == "one"
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

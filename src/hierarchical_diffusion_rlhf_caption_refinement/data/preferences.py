@@ -101,7 +101,7 @@ def split_by_image(
 
 
 def ratings_to_comparisons(ratings: Iterable[Rating], seed: int = 0, drop_own: bool = True, per_image: int = 10) -> list[Comparison]:
-    """Pairs of captions of one image that one source rated, the sides at random; equal means are a tie.
+    """Pairs of captions of one image that one source rated, the sides at random; equal means are a tie, of yes/no votes close ones, too.
 
     At most `per_image` pairs of an image and source, at most a third of them ties, which would drown the rest where most ratings are equal.
     `drop_own` leaves out the image's own references, which anything that compares with references prefers for nothing.
@@ -118,7 +118,8 @@ def _pairs(group: list[Rating], name: str, seed: int, limit: int) -> list[Compar
     scored = sorted(((r.score, r) for r in group), key=lambda s: (s[1].caption, s[0]))
     pairs = [rng.sample(pair, 2) for pair in combinations(scored, 2) if pair[0][1].caption != pair[1][1].caption]
     rng.shuffle(pairs)
-    margin = CROWD_MARGIN if group[0].scale == (0, 1) else 1e-9
+    votes = all(r.scale == (0, 1) and set(r.ratings) <= {0, 1} for r in group)
+    margin = CROWD_MARGIN if votes else 1e-9
     ties = [pair for pair in pairs if abs(pair[0][0] - pair[1][0]) <= margin][: limit // 3]
     decided = [pair for pair in pairs if abs(pair[0][0] - pair[1][0]) > margin][: limit - len(ties)]
     return [_compared(f"{name}/{i}", a, b, p - q, margin) for i, ((p, a), (q, b)) in enumerate(decided + ties)]
