@@ -133,6 +133,21 @@ def test_a_file_spelled_in_two_ways_is_one_image(tmp_path: Path, caplog: pytest.
     assert caplog.messages == [f"1 images or rows left out: {path}:6: a.png is already in split train"]
 
 
+def test_a_file_under_two_names_is_one_image_of_one_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Absolute and relative, or through a link; without splits one of the two could land in train and the other in test."""
+    names = [f"{i}.png" for i in range(60)]
+    save_images(tmp_path / "kept", *names)
+    (tmp_path / "images").symlink_to(tmp_path / "kept")
+    spelled = [names, [str(tmp_path / "images" / name) for name in names], [str(tmp_path / "kept" / name) for name in names]]
+    found = load("jsonl", save_rows(tmp_path / "rows.jsonl", *({"image": n, "captions": [n]} for some in spelled for n in some)).path)
+    joined = sorted(example for examples in found.values() for example in examples)
+    assert joined == sorted((name, (name, *others)) for name, *others in zip(*spelled, strict=True))
+    rows = [{"image": n, "captions": ["x"], "split": s} for n, s in (("0.png", "train"), ("1.png", "val"), ("2.png", "test"))]
+    path = save_rows(tmp_path / "more.jsonl", *rows, rows[0] | {"image": spelled[2][0], "split": "test"}).path
+    assert [key for examples in load("jsonl", path).values() for key, _ in examples] == names[:3]
+    assert caplog.messages == [f"1 images or rows left out: {path}:4: 0.png is already in split train"]
+
+
 def test_folder_with_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_images(tmp_path, "train/a.png", "train/b.jpg", "val/c.png", "test/d.png", "train/lonely.png", "train/latin.png")
     for name, text in {

@@ -118,15 +118,20 @@ def _check(row: Row) -> Found:
 
 
 def _gather(rows: Iterator[Row], errors: list[str]) -> list[Found]:
-    """Examples in the order of their first rows; rows of the same image are joined."""
+    """Examples in the order of their first rows; rows of the same image are joined, and the first one names it.
+
+    A file under two names, one through a link for example, is one image: it must not be in training and in the test.
+    """
     found: dict[str, Found] = {}
+    names: dict[str, str] = {}
     for row in rows:
         try:
             example, split = _check(row)
-            before, first = found.get(example.key, (None, split))
+            key = names.setdefault(os.path.realpath(example.path), example.key) if example.path else example.key
+            before, first = found.get(key, (replace(example, captions=()), split))
             if first != split:
-                raise SourceError(f"{example.key} is already in split {first}")
-            found[example.key] = replace(example, captions=before.captions + example.captions) if before else example, split
+                raise SourceError(f"{key} is already in split {first}")
+            found[key] = replace(before, captions=before.captions + example.captions), split
         except SourceError as error:
             errors.append(f"{row.where}: {error}")
     return list(found.values())
