@@ -160,8 +160,8 @@ def test_ratings_of_an_images_own_captions_say_nothing_of_how_far_raters_agree(w
     """All agree about own captions, nobody about the others."""
     rng, own, others = random.Random(0), list[Rating](), list[Rating]()
     for example in world.examples["test"]:
-        own += [Rating(example.key, f"a {n} star", (n, n, n), (0, 9), origin=OWN_CAPTION) for n in range(9)]
-        others += [Rating(example.key, f"a {n} cross", tuple(rng.sample(range(10), 3)), (0, 9)) for n in range(6)]
+        own += [Rating(example.key, f"a {'red ' * n}star", (n, n, n), (0, 9), origin=OWN_CAPTION) for n in range(9)]
+        others += [Rating(example.key, f"a {'red ' * n}cross", tuple(rng.sample(range(10), 3)), (0, 9)) for n in range(6)]
     path = tmp_path / "ratings.jsonl"
     path.write_text("".join(json.dumps(asdict(rating)) + "\n" for rating in own + others))
     found = rated(replace(world.config, data=replace(world.config.data, ratings=str(path))), world.denoiser(), world.corpora["test"])
@@ -185,6 +185,36 @@ def test_what_is_said_of_no_image_of_the_data_set_is_counted(world: Any, tmp_pat
     config = replace(world.config, data=replace(world.config.data, ratings=str(tmp_path / "r.jsonl")))
     assert images(rated(config, model, corpus)).keys() == {"val/0", "val/1", "val/2"}
     assert caplog.messages[1:] == ["4 of 12 ratings name no test image of the data set"]
+
+
+def test_a_choice_between_captions_that_are_one_to_the_model_is_left_out(
+    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Equal, equal without marks, with other unknown words, and beyond data.max_words; such a tie stays."""
+    corpus, same = world.corpora["val"], [("a star", "a star"), ("a star", "A star ."), ("a zebu", "a gnu")]
+    same.append(("star " * corpus.max_words + "a", "star " * corpus.max_words + "red"))
+    rows = [comparison(i, choice, a=a, b=b) for i, (a, b) in enumerate(same) for choice in ("a", "b", "tie")]
+    different = [comparison(i, "a", image=f"val/{i}") for i in range(8)]
+    append_comparisons(tmp_path / "c.jsonl", [*rows, *different])
+    data, reward = replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")), replace(world.config.reward, comparisons=0)
+    found = recorded(replace(world.config, data=data, reward=reward), world.denoiser(), {"val": corpus})
+    kept = [c for part in (found.train, found.val, found.test) for c in part.comparisons]
+    assert Counter(c.choice for c in kept) == {"a": 8, "tie": 4}
+    reason = "both captions are the same in the model's words (data.max_words at most)"
+    assert caplog.messages == [f"8 of 20 comparisons left out: {reason}"]
+    ratings = [Rating("val/0", text, (n,), (0, 9)) for n, text in enumerate(("a star", "A star .", "a cross"))]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(asdict(rating)) + "\n" for rating in ratings))
+    data = replace(world.config.data, ratings=str(tmp_path / "r.jsonl"))
+    found = rated(replace(world.config, data=data, reward=reward), world.denoiser(), corpus)
+    assert sum(map(len, (found.train, found.val, found.test))) == 2 and caplog.messages[1:] == [f"1 of 3 comparisons left out: {reason}"]
+
+
+def test_how_many_of_peoples_comparisons_are_used_is_told(world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    append_comparisons(tmp_path / "c.jsonl", [comparison(i, "a", image=f"train/{i}") for i in range(24)])
+    config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
+    for most in (0, 24, 5):
+        found = recorded(replace(config, reward=replace(config.reward, comparisons=most)), world.denoiser(), world.corpora)
+    assert 5 < len(found.train) < 24 and caplog.messages == [f"using 5 of {len(found.train)} comparisons for training (reward.comparisons)"]
 
 
 def recordings(world: Any) -> list[Comparison]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..data.annotators import panel
 from ..data.corpus import Corpus
 from ..data.preferences import (
+    OTHER,
     OWN_CAPTION,
     Comparison,
     Rating,
@@ -219,6 +220,17 @@ def about(images: Container[str], records: Sequence[Record], what: str) -> list[
     return kept
 
 
+def told_apart(comparisons: Sequence[Comparison], corpus: Corpus) -> list[Comparison]:
+    """Without choices between captions that are one to the model, as far as it reads them; how many these are is logged."""
+    texts = ([getattr(c, side) for c in comparisons] for side in ("a", "b"))
+    a, b = ([ids[: corpus.max_words] for ids in encode(corpus.tokenizer, side)] for side in texts)
+    kept = [c for c, x, y in zip(comparisons, a, b, strict=True) if x != y or c.choice not in OTHER]
+    if same := len(comparisons) - len(kept):
+        reason = "both captions are the same in the model's words (data.max_words at most)"
+        logging.getLogger(__name__).warning("%d of %d comparisons left out: %s", same, len(comparisons), reason)
+    return kept
+
+
 def split_pairs(
     comparisons: Sequence[Comparison], base: DiffusionCaptionModel, corpus: Corpus, config: Config, agreed: Callable[[set[str]], float]
 ) -> Judgements:
@@ -230,6 +242,8 @@ def split_pairs(
     again = [repeating(base, corpus, (c.image for c in part), config, round(config.reward.repeats * len(part))) for part in parts]
     shuffled = random.Random(config.seed).sample(parts[0], len(parts[0]))
     train, val = (replace(to_pairs([*part, *made], corpus), made=len(made)) for part, made in ((shuffled, again[0]), (parts[1], again[1])))
+    if 0 < (most := config.reward.comparisons) < train.asked:
+        logging.getLogger(__name__).warning("using %d of %d comparisons for training (reward.comparisons)", most, train.asked)
     seen, unseen = ({c.image for part in some for c in part} for some in (parts[:2], parts[2:]))
     return Judgements(
         train, val, to_pairs(parts[2], corpus), None, agreed(seen | unseen), smoothing_from(agreed(seen)), to_pairs(again[2], corpus)
@@ -243,7 +257,7 @@ def rated(config: Config, base: DiffusionCaptionModel, corpus: Corpus) -> Judgem
     def agreed(images: set[str]) -> float:
         return rating_agreement([r for r in ratings if r.origin != OWN_CAPTION and r.image in images], config.seed)
 
-    return split_pairs(ratings_to_comparisons(ratings, config.seed), base, corpus, config, agreed)
+    return split_pairs(told_apart(ratings_to_comparisons(ratings, config.seed), corpus), base, corpus, config, agreed)
 
 
 def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Corpus]) -> Judgements:
@@ -253,6 +267,7 @@ def recorded(config: Config, base: DiffusionCaptionModel, corpora: dict[str, Cor
     keys = {key for corpus in corpora.values() for key in corpus.row_of}
     found = about(keys, found, "comparisons name no image of the data set")
     corpus = of_images(corpora, {c.image for c in found})
+    found = told_apart(found, corpus)
     one_way = [c if c.a <= c.b else flip(c) for c in found]  # a second rater may have had them the other way round
     return split_pairs(found, base, corpus, config, lambda images: agreement(to_pairs([c for c in one_way if c.image in images], corpus)))
 
