@@ -261,6 +261,21 @@ def test_coco(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         load("coco", write_json(tmp_path / "list.json", []))
 
 
+def test_coco_with_values_of_other_types(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_images(tmp_path, *(f"{i}.png" for i in range(9)))
+    images: list[Any] = [{"id": i, "file_name": f"{i}.png"} for i in range(9)]
+    images[1:4] = [{"id": 1, "file_name": 1}, {"id": [2], "file_name": "2.png"}, {"id": 3, "file_name": "3.png", "filepath": 3}]
+    notes = [{"image_id": i, "caption": "x"} for i in (0, *range(4, 9))]
+    path = write_json(tmp_path / "captions_all.json", {"images": images, "annotations": [*notes, {"image_id": [2], "caption": "x"}]})
+    found = load("coco", path)
+    assert sorted(key for examples in found.values() for key, _ in examples) == [f"{i}.png" for i in (0, *range(4, 9))]
+    assert caplog.messages[0].startswith("4 images or rows left out: ")
+    for number in (1, 2, 3):
+        assert f"captions_all.json:images[{number}]: expected an object with file_name or filename (texts)" in caplog.text
+    with pytest.raises(SourceError, match=r"captions_all\.json: annotations: expected a list$"):
+        load("coco", write_json(path, {"images": images, "annotations": None}))
+
+
 def save_tar(path: Path, members: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -367,6 +382,20 @@ def test_conceptual_captions(tmp_path: Path, server: tuple[str, Counter[str]], c
     tsv.write_text(f"a\t{url}/none\n")
     with pytest.raises(SourceError, match=r"cc\.tsv: 0 of 1 links gave an image; dead: 1 HTTP 404"):
         load("conceptual_captions", tsv)
+
+
+def test_without_a_network_the_log_is_not_said_to_have_the_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSE_S", 0.005)
+    monkeypatch.setattr(download, "fetch_bytes", lambda *args: (_ for _ in ()).throw(ConnectionError()))
+    tsv, log = tmp_path / "cc.tsv", tmp_path / "cc_images" / "downloads.jsonl"
+    tsv.write_text("".join(f"x\thttp://host/{i}\n" for i in range(3)))
+    with pytest.raises(SourceError) as error:
+        load("conceptual_captions", tsv)
+    why = f"{log} does not have them all, for no host answered: is there a network?"
+    assert str(error.value) == f"{tsv}: 0 of 3 links gave an image; dead: 3 connection failed; {why}" and log.read_bytes() == b""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: no captioned image$"):
+        load("conceptual_captions", tmp_path / "empty")
 
 
 def test_no_more_is_fetched_than_the_splits_need(tmp_path: Path, server: tuple[str, Counter[str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,15 @@ def _ask(links: Iterator[Outcome], folder: Path, enough: int, connections: int) 
                     yield outcome
 
 
+def _entry(line: str) -> tuple[str, str, bool] | None:
+    """Address, reason, and whether it may pass."""
+    try:
+        row = json.loads(line)
+        return row["url"], row["error"], row["passing"]
+    except (ValueError, KeyError, TypeError):  # a kill cut it short
+        return None
+
+
 def _read_log(log: TextIO) -> dict[str, str]:
     """Links that are not asked again, with the reason; the log is then ready for more lines."""
     last: dict[str, str] = {}
@@ -172,15 +181,18 @@ def _read_log(log: TextIO) -> dict[str, str]:
     line = "\n"
     log.seek(0)
     for line in log:
-        try:
-            row = json.loads(line)
-            last[row["url"]] = row["error"]
-            tries[row["url"]] += 1 if row["passing"] else RUNS
-        except (ValueError, KeyError, TypeError):  # a kill cut it short
-            continue
+        if entry := _entry(line):
+            url, last[url], passing = entry
+            tries[url] += 1 if passing else RUNS
     if not line.endswith("\n"):
         log.write("\n")
     return {url: reason for url, reason in last.items() if reason and tries[url] >= RUNS}
+
+
+def logged(folder: Path) -> set[str]:
+    """Addresses of which the folder's log tells what came of them."""
+    with (folder / LOG).open(encoding="utf-8") as log:
+        return {entry[0] for entry in map(_entry, log) if entry}
 
 
 def download(

@@ -11,7 +11,7 @@ import random
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..utils.config import DataConfig
 from ..utils.seeding import seed_of
-from .download import LOG, download, image_file, link_rot
+from .download import LOG, download, image_file, link_rot, logged
 from .images import SUFFIXES, ImageError, find_images, image_error, load_image
 from .scenes import Scene, Split, render, sample_scene, write_caption
 
@@ -240,20 +240,23 @@ def _coco(config: DataConfig) -> Iterator[Row]:
         content, captions, root = _parse(file.read_bytes()), defaultdict(list), _root(config)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise SourceError(f"{file}: expected an object with images")
-        for number, note in enumerate(content.get("annotations", [])):
+        if not isinstance(notes := content.get("annotations", []), list):
+            raise SourceError(f"{file}: annotations: expected a list")
+        for number, note in enumerate(notes):
             try:
                 captions[note["image_id"]].append(note["caption"])
             except (LookupError, TypeError):
                 yield Row(f"{file}:annotations[{number}]", problem="expected an object with image_id and caption")
         for number, image in enumerate(content["images"]):
-            where, name = f"{file}:images[{number}]", isinstance(image, dict) and (image.get("file_name") or image.get("filename"))
-            if not name:
-                yield Row(where, problem="expected an object with file_name or filename")
+            where, about = f"{file}:images[{number}]", image if isinstance(image, dict) else {}
+            name, folder = about.get("file_name") or about.get("filename"), about.get("filepath") or ""
+            if not (name and isinstance(name, str) and isinstance(folder, str) and isinstance(about.get("id"), Hashable)):
+                yield Row(where, problem="expected an object with file_name or filename (texts) and perhaps id (a number)")
                 continue
-            paths = [root / folder / name for folder in (image.get("filepath") or "", file.stem.removeprefix("captions_"), "")]
+            paths = [root / place / name for place in (folder, file.stem.removeprefix("captions_"), "")]
             path = next((path for path in paths if path.is_file()), paths[0])
-            texts = captions.pop(image.get("id"), []) if "annotations" in content else image.get("sentences")
-            yield Row(where, _name(path, root), texts, image.get("split") or _split_in(file.name), path)
+            texts = captions.pop(about.get("id"), []) if "annotations" in content else about.get("sentences")
+            yield Row(where, _name(path, root), texts, about.get("split") or _split_in(file.name), path)
         yield from (Row(f"{file}:annotations", problem=f"no image with id {image}") for image in captions)
 
 
@@ -318,19 +321,23 @@ def _fetched(parts: Parts, config: DataConfig, folder: Path) -> Iterator[Row]:
 
     What has no part of its own comes out of train, as in `_split`.
     """
-    links: Counter[str] = Counter()
+    links, dead = Counter[str](), set[str]()
     for split in parts:
         limits = [getattr(config, s) for s in SPLITS if s == split or (split == "train" and s not in parts)]
         usable = (row for part in parts[split] for row in part() if not row.problem)
         enough = sum(limits) if all(limits) else sum(not row.problem for part in parts[split] for row in part())
         reasons = download((row.key for row in usable), folder, enough, config.downloads)
         links.update(reasons.values())
+        dead |= {url for url, reason in reasons.items() if reason}
         for row in (row for part in parts[split] for row in part()):
             if not row.problem and row.key not in reasons:
                 break
             if row.problem or not reasons[row.key]:
                 yield row
-    message = f"{config.path}: {link_rot(links)}; all are in {folder / LOG}"
+    message, log = f"{config.path}: {link_rot(links)}", folder / LOG
+    if dead:
+        noted = dead <= logged(folder)
+        message += f"; all are in {log}" if noted else f"; {log} does not have them all, for no host answered: is there a network?"
     if links and not links[""]:
         raise SourceError(message)
     logging.getLogger(__name__).warning(message)
