@@ -165,8 +165,19 @@ def test_copies_of_a_picture_share_their_noise(scenes, tmp_path):
 def test_settings_are_checked(captioner, scenes):
     with pytest.raises(ConfigError, match=r"sampler\.steps"):
         captioner(scenes, steps=0)
-    with pytest.raises(TypeError, match="stepz"):
-        captioner(scenes, stepz=1)
+    for settings, line in (
+        ({"stepz": 1}, "unknown key 'sampler.stepz'; did you mean 'sampler.steps'"),
+        ({"order": "bogus"}, r"^sampler\.order=bogus: .*bogus"),
+        ({"schedule": "bogus"}, r"^sampler\.schedule=bogus: .*bogus"),
+        ({"steps": "many"}, r"^sampler\.steps=many: "),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            captioner(scenes, **settings)
+        with pytest.raises(ConfigError, match=line):
+            next(captioner.stream(scenes[0], **settings))
+    assert captioner.planned({"temperature": 1e-7, "both_ways": False, "order": "random"}) == replace(
+        captioner.plan, temperature=1e-7, order="random"
+    )
 
 
 def test_an_unreadable_image_is_named(captioner, tmp_path):
@@ -227,6 +238,16 @@ def test_wishes_in_the_library(captioner, scenes):
     assert [captioner(s, wishes=wishes)[0].text for s in scenes] == [c.text for c in found]
     free = captioner(scenes)
     assert captioner(scenes[0], wishes=Wishes(must_include=(free[0].text,)))[0].text == free[0].text
+
+
+def test_one_phrase_or_a_list_of_them(captioner, scenes):
+    assert Wishes(ban="slate", must_include="green circle") == Wishes(ban=("slate",), must_include=("green circle",))
+    assert Wishes(ban="on") == Wishes(ban=["on"]) != Wishes(ban=("o", "n"))
+    (listed,) = captioner(scenes[0], wishes=Wishes(must_include=["green circle"], ban=["two"]))
+    assert listed == captioner(scenes[0], wishes=Wishes(must_include="green circle", ban="two"))[0]
+    assert "green circle" in listed.text and "two" not in listed.text.split()
+    with pytest.raises(ConfigError, match="'' is an empty word"):
+        Wishes(ban="")
 
 
 def test_frames_and_layouts_by_hand():

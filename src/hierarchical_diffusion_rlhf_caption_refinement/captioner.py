@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -26,7 +26,7 @@ from .models.sampler import LAYOUTS, Given, Trajectory, layouts, likelihood, noi
 from .models.saved import Eyes, Kind
 from .pretrained import Parts, load_parts, save_parts
 from .repair import Editor, Repair
-from .utils.config import ConfigError, SamplerConfig
+from .utils.config import ConfigError, SamplerConfig, with_overrides
 
 MASK = "[MASK]"
 NEAR = 2
@@ -43,10 +43,10 @@ class ObedienceError(ValueError):
 class Wishes:
     """What every caption has to obey. Case and punctuation do not matter."""
 
-    must_include: tuple[str, ...] = ()
-    """Words or phrases."""
-    ban: tuple[str, ...] = ()
-    """Words or phrases that do not occur."""
+    must_include: str | Sequence[str] = ()
+    """Words or phrases; kept as a tuple."""
+    ban: str | Sequence[str] = ()
+    """Words or phrases that do not occur; likewise."""
     template: str = ""
     """The whole caption; each [MASK] stands for one or more words, as many as are likeliest."""
     min_words: int = 1
@@ -57,6 +57,9 @@ class Wishes:
     """Put around the caption as they are; they do not count for anything above."""
 
     def __post_init__(self) -> None:
+        for name in ("must_include", "ban"):  # a text is one phrase, not its letters; a list cannot be hashed
+            phrases = getattr(self, name)
+            object.__setattr__(self, name, (phrases,) if isinstance(phrases, str) else tuple(phrases))
         if empty := [text for text in (*self.must_include, *self.ban) if not said(text)]:
             raise ConfigError(f"'{empty[0]}' is an empty word: it cannot be included or banned")
         given = [said(text) for text in (*self.must_include, *self.template.split(MASK))]
@@ -211,7 +214,7 @@ class Captioner:
         several = [images] if isinstance(images, str | Path | Image) else list(images)
         if not several:
             return []
-        plan, captions = replace(self.plan, **settings), list[Caption]()  # type: ignore[arg-type]
+        plan, captions = self.planned(settings), list[Caption]()
         for first in range(0, len(several), TOGETHER):
             seen = [self.look(image) for image in several[first : first + TOGETHER]]
             for one, caption in zip(seen, self.write(seen, plan, seed, wishes), strict=True):
@@ -228,7 +231,7 @@ class Captioner:
         come at once, as the last. Raises what a call raises.
         """
         seen = self.look(image)
-        plan = self.bounded(replace(self.plan, **settings), wishes)  # type: ignore[arg-type]
+        plan = self.bounded(self.planned(settings), wishes)
         for written in self.drawn([seen], plan, seed, None, self.orders(wishes).banned):
             draft = self.describe(written, 0, None, seed)
             if any(token.token == MASK for token in draft.tokens):
@@ -238,6 +241,11 @@ class Captioner:
         if isinstance(caption, ObedienceError):
             raise caption
         yield self.explained(caption, seen)
+
+    def planned(self, settings: Mapping[str, object]) -> SamplerConfig:
+        """The plan with these settings, checked as those of the command line are. Raises ConfigError."""
+        given = [f"sampler.{name}={value}" for name, value in settings.items()]
+        return with_overrides(replace(self.eyes.config, sampler=self.plan), given).sampler
 
     @torch.no_grad()
     def explained(self, caption: Caption, seen: Seen) -> Caption:
