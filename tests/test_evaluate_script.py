@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -45,6 +46,31 @@ def test_two_captioners_on_the_same_images(smoke, there, capsys):
     assert found["win_rate"] == summary["win_rate"] and set(found["evaluation"]) == {RLHF, BASE} and list(found["gold"]) == ["rlhf", "base"]
     assert Path("elsewhere/report.html").exists() and not Path("results").exists()
     assert f"{RLHF} beats {BASE} on" in " ".join(capsys.readouterr().out.split())
+
+
+def test_each_is_named_by_what_it_is_whichever_comes_first(smoke, there, capsys):
+    gold = json.loads((smoke / "results/smoke/training_summary.json").read_text())["gold"]
+    command = ["--checkpoint", BASE, "--model-type", "base", "--compare", RLHF, "--output", "x"]
+    assert cli.evaluate(command) == 0
+    found = json.loads(Path("x/evaluation.json").read_text())
+    assert found["gold"] == {"base": gold["base"], "rlhf": gold["rlhf"]} and gold["base"] != gold["rlhf"]
+    assert (found["checkpoint"], found["type"], found["compare"], found["compare_type"]) == (BASE, "base", RLHF, "rlhf")
+    page = Path("x/report.html").read_text()
+    values = [f"{gold[kind]['utility']:.3f}" for kind in ("base", "rlhf")]
+    assert f"{BASE} beats {RLHF}." in page and f"<th>{BASE}</th><th>{RLHF}</th>" in page
+    assert re.search(f"<th>utility.*?</th>{''.join(f'<td>{value}</td>' for value in values)}", page)
+    assert re.search(rf"utility\W+{values[0]}\W+{values[1]}", capsys.readouterr().out)
+
+
+def test_two_of_one_kind_are_the_checkpoint_and_the_other(there):
+    shutil.copytree("models/smoke", "models/copy")
+    other = BASE.replace("smoke", "copy")
+    for compare in (other, BASE):
+        assert cli.evaluate(["--checkpoint", BASE, "--model-type", "base", "--compare", compare, "--output", "x", "data.test=6"]) == 0
+        found = json.loads(Path("x/evaluation.json").read_text())
+        assert list(found["gold"]) == ["checkpoint", "compare"] and found["gold"]["checkpoint"] == found["gold"]["compare"]
+        assert set(found["evaluation"]) == {BASE, compare} and found["win_rate"]["value"] == 0.5
+        assert f"{BASE} beats {compare}." in Path("x/report.html").read_text()
 
 
 def test_the_base_model_with_other_settings(there):

@@ -97,7 +97,7 @@ def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
     rows = log.rows()
     summary, found = summarise(config, rows, facts, CACHE)
     write_json(config.results / "training_summary.json", summary)
-    shown = samples(config, found) if found else []
+    shown = samples(config, list(reversed(found.values()))) if found else []
     page = write_report(config.results / "report", f"Run {config.run}", rows, summary, shown)
     console = Console()
     if found:
@@ -185,26 +185,26 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = with_overrides(load_denoiser(args.checkpoint, args.model_type)[0].config, args.overrides)
     refuse_settled(args.overrides)
     main = evaluate_checkpoint(args.checkpoint, args.model_type, config, CACHE)
-    names = {str(args.checkpoint): main}
+    names, roles = {str(args.checkpoint): main}, {args.model_type: main}
     summary: dict[str, Any] = {"run": config.run, "checkpoint": str(args.checkpoint), "type": args.model_type}
     if args.compare:
-        other = evaluate_checkpoint(args.compare, captioner_kind(args.compare), config, CACHE)
+        kind = captioner_kind(args.compare)
+        other = evaluate_checkpoint(args.compare, kind, config, CACHE)
         names[str(args.compare)] = other
-        summary["win_rate"] = win_rate(main, other)
-    for found in (e for e in names.values() if not e.gold):
+        roles = {"checkpoint": main, "compare": other} if kind == args.model_type else {args.model_type: main, kind: other}
+        summary |= {"compare": str(args.compare), "compare_type": kind, "win_rate": win_rate(main, other)}
+    for found in (e for e in roles.values() if not e.gold):
         references = [[tokenize(r) for r in example.captions] for example in found.corpus.examples]
         found.metrics["references"] |= java_scores([tokenize(c) for c in found.captions], references)
     summary |= {
         "evaluation": {name: e.metrics for name, e in names.items()},
         "captions": {e.key: c for e, c in zip(main.corpus.examples, main.captions, strict=True)},
     }
-    kind = "gold" if main.gold else "references"
-    called = ["rlhf", "base"] if args.compare else [args.model_type]
-    roles = dict(zip(called, names.values(), strict=False))  # one, if it is compared with itself
-    summary[kind] = {role: e.metrics[kind] for role, e in roles.items()}
+    measured = "gold" if main.gold else "references"
+    summary[measured] = {role: e.metrics[measured] for role, e in roles.items()}
     folder = args.output or config.results / f"evaluation_{args.model_type}"
     write_json(folder / "evaluation.json", summary)
-    shown = samples(config, roles)
+    shown = samples(config, list(roles.values()))
     page = write_report(folder, f"{args.checkpoint}", [], summary, shown)
     console = Console()
     console.print(quality_table({name: e.metrics for name, e in names.items()}, None))

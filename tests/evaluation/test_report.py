@@ -214,15 +214,19 @@ def test_an_evaluation_names_its_checkpoints(tmp_path):
     """What evaluate.py hands over: the main checkpoint first, under its own name; without another, samples show one caption."""
     summary: dict = {
         "checkpoint": "models/a.pt",
-        "evaluation": {"models/a.pt": {"reward": interval(1.5)}},
-        "gold": {"rlhf": {"utility": 0.7}},
+        "evaluation": {"models/a.pt": {"reward": interval(1.5), "gold": {"utility": 0.7}}},
+        "gold": {"base": {"utility": 0.7}},
     }
     samples = [Sample(s.image, s.key, (), s.after, s.after, s.after_quality, s.after_quality, []) for s in made_up_samples(2)]
     page = page_of(tmp_path, summary=summary, samples=samples)
     assert "models/a.pt" in page and "base model</th>" not in page and page.count("<dt>caption</dt>") == 2
-    summary["evaluation"]["models/b.pt"] = {}
-    summary |= {"gold": {"rlhf": {"utility": 0.7}, "base": {"utility": 0.6}}, "win_rate": interval(0.6)}
-    assert "models/a.pt beats models/b.pt" in page_of(tmp_path, summary=summary)
+    summary["evaluation"]["models/b.pt"] = {"gold": {"utility": 0.6}}
+    summary |= {"gold": {"base": {"utility": 0.7}, "rlhf": {"utility": 0.6}}, "compare": "models/b.pt", "win_rate": interval(0.6)}
+    page = page_of(tmp_path, summary=summary, samples=made_up_samples(2))
+    assert "models/a.pt beats models/b.pt" in page and "<th>models/a.pt</th><th>models/b.pt</th>" in page
+    assert re.search("<th>utility.*?</th><td>0.700</td><td>0.600</td>", page)
+    told = made_up_samples(1)[0]
+    assert f"<dt>models/b.pt</dt><dd>{told.before}<" in page and f"<dt>models/a.pt</dt><dd>{told.after}<" in page
 
 
 def test_the_heat_of_a_word_is_its_share_of_the_largest(tmp_path):

@@ -139,24 +139,28 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>' if lines else ""
 
 
-def names_of(summary: Row) -> dict[str, str]:
-    """What the report calls the captions of the data set, `base` and `rlhf`; an evaluation compares checkpoints, the main one first."""
+def names_of(summary: Row) -> tuple[str, str]:
+    """What the report calls the captioner that it is about, and the one that this is compared with: an evaluation names checkpoints."""
+    return (summary["checkpoint"], summary.get("compare", "")) if "checkpoint" in summary else ("refined model", "base model")
+
+
+def measures_of(summary: Row) -> dict[str, Row]:
+    """All that is measured of the data set's captions and of each captioner's, by what the report calls them."""
+    if "checkpoint" in summary:
+        return {name: values | values.get("references", {}) | values.get("gold", {}) for name, values in summary["evaluation"].items()}
+    parts = [summary.get(part, {}) for part in ("evaluation", "references", "gold")]
     names = {"data": "data set", "base": "base model", "rlhf": "refined model"}
-    roles = summary.get("gold") or summary.get("references") or ("rlhf", "base")
-    return names | (dict(zip(roles, summary["evaluation"], strict=False)) if "checkpoint" in summary else {})
+    found = {name: {k: v for part in parts for k, v in part.get(who, {}).items()} for who, name in names.items()}
+    return {name: values for name, values in found.items() if values}
 
 
 def headline(summary: Row) -> str:
     """Who wins, a table of all measures, and retrieval, times and sizes in a line each."""
-    names, found, facts, win = names_of(summary), {}, {}, ""
-    for who, name in names.items():
-        measured = summary.get("evaluation", {}).get(name if "checkpoint" in summary else who, {})
-        if values := measured | summary.get("references", {}).get(who, {}) | summary.get("gold", {}).get(who, {}):
-            found[who] = values
+    (name, other), found, facts, win = names_of(summary), measures_of(summary), dict[str, str](), ""
     measures = [(k, f"{label}<p>{text}</p>") for k, (label, text) in MEASURES.items() if any(k in values for values in found.values())]
     if rate := summary.get("win_rate"):
         value, low, high = (f"{100 * rate[k]:.0f} %" for k in ("value", "low", "high"))
-        win = f'<p class="lead"><b>{value}</b> of the test images: {escape(names["rlhf"])} beats {escape(names["base"])}.'
+        win = f'<p class="lead"><b>{value}</b> of the test images: {escape(name)} beats {escape(other)}.'
         win += f"<small>95 % interval {low} to {high}; by hidden utility, ties count half.</small></p>"
     if "val_text_to_image_r1" in (alignment := summary.get("alignment", {})):
         most = f"; captions allow {spell(alignment['ceiling_r1'])} at most" if "ceiling_r1" in alignment else ""
@@ -165,8 +169,8 @@ def headline(summary: Row) -> str:
     facts["Time"] = " · ".join(f"{escape(k)} {time}" for k, time in times.items())
     facts["Parameters"] = " · ".join(f"{escape(k)} {count:,}" for k, count in summary.get("parameters", {}).items())
     lines = [[label, *(spell(values.get(k)) for values in found.values())] for k, label in measures]
-    notes = "".join(f"<p>{name}: {text}</p>" for name, text in facts.items() if text)
-    return win + table(["test images", *(escape(names[who]) for who in found)], lines) + notes
+    notes = "".join(f"<p>{fact}: {text}</p>" for fact, text in facts.items() if text)
+    return win + table(["test images", *map(escape, found)], lines) + notes
 
 
 def panel(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -300,17 +304,17 @@ def reward_section(folder: Path, reward: Row) -> str:
     return figures + alarm + table(["accuracy, held out", ""], [[k, spell(v)] for k, v in cells.items() if v is not None])
 
 
-def sample_cards(samples: list[Sample], names: dict[str, str]) -> str:
-    """Images with what is said about them; one caption each where nothing was refined."""
+def sample_cards(samples: list[Sample], names: tuple[str, str]) -> str:
+    """Images with what is said about them; one caption each where nothing was refined. The names are those of after and before."""
     refined, html = any(s.before != s.after for s in samples), ""
     for s in samples:
         image, buffer = s.image.convert("RGB"), io.BytesIO()
         image.thumbnail((320, 320))
         image.save(buffer, "PNG")
-        said = [(names["data"], s.references[0], {})] if s.references else []
-        said += [(names["base"], s.before, s.before_quality)] if refined else []
+        said = [("data set", s.references[0], {})] if s.references else []
+        said += [(names[1], s.before, s.before_quality)] if refined else []
         texts = ""
-        for who, caption, quality in [*said, (names["rlhf"] if refined else "caption", s.after, s.after_quality)]:
+        for who, caption, quality in [*said, (names[0] if refined else "caption", s.after, s.after_quality)]:
             marks = " · ".join(f"{k} {quality[k]:.2f}" for k in GOLD.values() if k in quality)
             texts += f"<dt>{escape(who)}</dt><dd>{escape(caption)}<small>{marks}</small></dd>"
         html += f'<article><img alt="{escape(s.key)}" src="{embedded(buffer.getvalue())}"><dl>{texts}</dl></article>'

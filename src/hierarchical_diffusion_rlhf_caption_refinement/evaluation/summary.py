@@ -1,5 +1,6 @@
 """The summary of a run: the specification's tables from the log, held-out quality of base and refined model, samples for the report."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,9 @@ def best_alignment(rows: list[Row]) -> dict[str, float]:
     return {k: v for k, v in chosen.items() if k.startswith("val_")}
 
 
-def samples(config: Config, found: dict[str, Evaluation], count: int = 12) -> list[Sample]:
-    """Some test images with their captions before and after, and where the reward of the latter comes from."""
-    after = found.get("rlhf") or found["base"]
-    before = found.get("base") or after
+def samples(config: Config, found: Sequence[Evaluation], count: int = 12) -> list[Sample]:
+    """Some test images with their captions by the first captioner and, before, the last, and where the reward of the former comes from."""
+    after, before = found[0], found[-1]
     rows = range(min(count, len(after.captions)))
     details = word_details(config, after.reward, after, list(rows)) if after.reward else [[] for _ in rows]
 
