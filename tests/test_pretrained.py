@@ -175,9 +175,27 @@ def test_damaged_folders_are_one_clear_line(exported, tmp_path, name, content, l
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_1(exported, tmp_path, capsys):
     (tmp_path / "out/model.safetensors").mkdir(parents=True)
+    shutil.copy(exported / "config.json", tmp_path / "out")
     assert cli.main(["export", "--checkpoint", str(exported), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'out/model.safetensors'}: cannot be written: ") and "Is a directory" in line
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "vision"])
+def test_files_of_other_hands_are_not_overwritten(exported, tmp_path, capsys, name):
+    path, command = tmp_path / "out" / name, ["export", "--checkpoint", str(exported), "--output", str(tmp_path / "out")]
+    path.mkdir(parents=True) if name == "vision" else (path.parent.mkdir(), path.write_text('{"model_type": "gpt2"}'))
+    (tmp_path / "out/photo.txt").write_text("mine")
+    assert cli.main(command) == 2 and sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([name, "photo.txt"])
+    reason = "is there already, and no captioner that was saved here; move it away, or name another folder"
+    assert capsys.readouterr().err == f"error: {path}: {reason}\n"
+    assert name == "vision" or path.read_text() == '{"model_type": "gpt2"}'
+    path.rename(tmp_path / "away")
+    assert cli.main(command) == 0
+    (tmp_path / "out/model.safetensors").unlink()  # as an interrupted export leaves it
+    (tmp_path / "out/README.md").write_text("half a ca")
+    assert cli.main(command) == 0 and (tmp_path / "out/photo.txt").read_text() == "mine"
+    assert all((tmp_path / "out" / p.name).read_bytes() == p.read_bytes() for p in exported.iterdir())
 
 
 def test_settings_of_another_version_are_one_line_and_exit_code_1(exported, scenes, tmp_path, capsys):

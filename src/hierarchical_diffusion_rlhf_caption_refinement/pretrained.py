@@ -40,11 +40,12 @@ from .models.saved import (
 )
 from .models.vision import PretrainedVision, quiet
 from .utils.checkpoint import CheckpointError
-from .utils.config import Config, VisionConfig, to_plain
-from .utils.files import write_json
+from .utils.config import Config, ConfigError, VisionConfig, to_plain
+from .utils.files import parse_row, write_json
 
 MODEL_TYPE = "caprefine"
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+WRITTEN = (CONFIG, WEIGHTS, TOKENIZER, CARD, "tokenizer_config.json", "preprocessor_config.json", "vision", "alignment")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.md"]
 """What is fetched from the hub: no file that could hold code."""
 
@@ -100,8 +101,18 @@ def local(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: no such file or folder, and not to be had from the hub: {reason}") from None
 
 
+def refuse_others(folder: Path) -> None:
+    """Raises ConfigError where something would be overwritten that `save_parts` did not write: its config.json comes first and tells."""
+    config = folder / CONFIG
+    told = parse_row(config.read_bytes(), "model_type") if config.is_file() else None
+    taken = [] if told and told["model_type"] == MODEL_TYPE else [folder / name for name in WRITTEN if os.path.lexists(folder / name)]
+    if taken:
+        raise ConfigError(f"{taken[0]}: is there already, and no captioner that was saved here; move it away, or name another folder")
+
+
 def save_parts(folder: Path, parts: Parts) -> None:
-    """Raises OSError or CheckpointError if the folder cannot be written."""
+    """Raises OSError or CheckpointError if the folder cannot be written, ConfigError if it holds files of these names of other hands."""
+    refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     eyes, payload = parts.eyes, eyes_payload(parts.eyes)
     state = {"denoiser": parts.denoiser.state_dict(), "vision": payload["vision"], "alignment": payload["alignment"]}
@@ -111,12 +122,12 @@ def save_parts(folder: Path, parts: Parts) -> None:
         state["reward"], told["reward"] = saved["model"], saved["shape"]
     told |= {"banned": payload["banned"], "settings": to_plain(_portable(eyes.config)), "measured": parts.measured()}
     told["transformers_version"] = transformers.__version__
+    write_json(folder / CONFIG, told, indent=2)
     flat = {f"{part}.{name}": tensor.contiguous() for part, tensors in state.items() for name, tensor in tensors.items()}
     try:
         save_file(flat, folder / WEIGHTS, {"format": "pt"})
     except SafetensorError as error:  # what it makes of any OSError
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be written: {error}") from None
-    write_json(folder / CONFIG, told, indent=2)
     eyes.tokenizer.save(str(folder / TOKENIZER))
     special = {"pad_token": PAD, "unk_token": UNKNOWN_WORD}
     known = {name: token for name, token in special.items() if eyes.tokenizer.token_to_id(token) is not None}

@@ -52,6 +52,35 @@ def test_the_command_does_the_same(recorded, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_files_of_other_hands_are_not_overwritten(recorded, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["export", "--preferences", str(recorded / "comparisons.jsonl"), "--images", str(recorded / "images"), "--output"]
+    for name, content in (("metadata.jsonl", '{"file_name": "0.png", "text": "mine"}\n'), ("0.png", "mine")):
+        out.mkdir()
+        (out / name).write_text(content)
+        assert cli.main([*command, str(out)]) == 2 and (out / name).read_text() == content and list(out.iterdir()) == [out / name]
+        line = f"error: {out / name}: is there already, and not of an export; move it away, or name another folder\n"
+        assert capsys.readouterr().err == line
+        (out / name).unlink()
+        out.rmdir()
+    before = sorted(recorded.rglob("*"))
+    assert cli.main([*command, f"{recorded}/images/../images"]) == 2 and sorted(recorded.rglob("*")) == before
+    assert ": the images are there; name another folder, to which they are copied\n" in capsys.readouterr().err
+
+
+def test_an_export_can_be_repeated(recorded, tmp_path):
+    def export() -> dict[str, bytes]:
+        assert export_preferences(recorded / "comparisons.jsonl", recorded / "images", tmp_path / "out") == 3
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    first = export()
+    assert export() == first
+    (tmp_path / "out/metadata.jsonl").unlink()  # as an interruption leaves it
+    assert export() == first
+    render(sample_scene(9, "test", 7)).save(recorded / "images/0.png")
+    assert export()["0.png"] == (recorded / "images/0.png").read_bytes() != first["0.png"]
+
+
 @pytest.mark.parametrize("name", ["gone.png", "../images/0.png"])
 def test_an_image_that_is_not_there_is_named(recorded, tmp_path, name):
     append_comparisons(tmp_path / "bad.jsonl", [Comparison("x", name, "a", "b", "a")])

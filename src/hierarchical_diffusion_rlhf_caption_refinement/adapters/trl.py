@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,41 @@ from ..data.images import prepared
 from ..data.preferences import OTHER, PROMPT, PreferenceError, read_comparisons, to_trl
 from ..data.text import encode, pad
 from ..models.reward import BOUND
+from ..utils.config import ConfigError
+from ..utils.files import parse_row, whole
+
+METADATA = "metadata.jsonl"
 
 
 def export_preferences(comparisons: Path, images: Path, folder: Path, prompt: str = PROMPT) -> int:
     """Write the decided comparisons as a Hugging Face imagefolder that `load_dataset("imagefolder", data_dir=folder)` and TRL's DPOTrainer
-    read; their images are copied from `images`. Returns the number of pairs. Raises PreferenceError.
+    read; their images are copied from `images`. Returns the number of pairs.
+
+    Raises PreferenceError, and ConfigError where something would be overwritten that is not of an earlier export.
     """
     found = [c for c in read_comparisons(comparisons) if c.choice in OTHER]
-    for name in {c.image for c in found}:
+    names = sorted({c.image for c in found})
+    for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts or not (images / name).is_file():
             raise PreferenceError(f"{name}: no such image in {images}")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images / name, folder / name)
-    return to_trl(found, folder / "metadata.jsonl", prompt)
+    refuse_others(names, images, folder)
+    for name in names:
+        with whole(folder / name) as partial:
+            shutil.copyfile(images / name, partial)
+    return to_trl(found, folder / METADATA, prompt)
+
+
+def refuse_others(names: Sequence[str], images: Path, folder: Path) -> None:
+    """Raises ConfigError where an export would overwrite what it did not write; its own metadata tells that the images are its own, too."""
+    if folder.resolve() == images.resolve():
+        raise ConfigError(f"{folder}: the images are there; name another folder, to which they are copied")
+    metadata = folder / METADATA
+    first = metadata.read_bytes().partition(b"\n")[0] if metadata.is_file() else b""
+    if parse_row(first, "file_names", "prompt", "chosen", "rejected", "id"):
+        return
+    other = [folder / name for name in names if (folder / name).exists() and not cmp(images / name, folder / name, shallow=False)]
+    if taken := [*([metadata] if first else []), *other]:
+        raise ConfigError(f"{taken[0]}: is there already, and not of an export; move it away, or name another folder")
 
 
 def preference_reward(captioner: Captioner, column: str = "image") -> Callable[..., list[float]]:

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from ..utils.files import whole
 from ..utils.seeding import seed_of
 
 Side = Literal["a", "b"]
@@ -168,9 +169,9 @@ def to_trl(comparisons: Iterable[Comparison], path: Path, prompt: str = PROMPT) 
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     won = [c if c.choice == "a" else flip(c) for c in comparisons if c.choice in OTHER]
     said = [[[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in (c.a, c.b)] for c in won]
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ({"file_names": [c.image], "prompt": asked, "chosen": a, "rejected": b, "id": c.id} for c, (a, b) in zip(won, said, strict=True))
-    path.write_bytes(_lines(rows))
+    with whole(path) as partial:
+        partial.write_bytes(_lines(rows))
     return len(won)
 
 
