@@ -425,9 +425,27 @@ def test_every_row_of_a_table_comes_back(run, capsys):
         assert run(table, "--format", "txt") == run(table, "--format", "coco", "--output", "coco.json") == 3
         assert capsys.readouterr().err.splitlines() == [f"failed: {table}/1: no image in this row"] * 2
         assert [row["image_id"] for row in json.loads(Path("coco.json").read_text())] == [0, 1]
+    Path("t.jsonl").write_text('{"image": "x/00.png"}\n\n{"id": 7}\n{"url": "x/01.png"}\n{"image": null}\n')
+    assert run("t.jsonl", "--output", "p.jsonl") == 3
+    found = [("x/00.png", None), ("t.jsonl/1", "t.jsonl/1: no image in this row"), ("x/01.png", None)]
+    assert [(row["image"], row["error"]) for row in logged("p.jsonl")] == [*found, ("t.jsonl/3", "t.jsonl/3: no image in this row")]
+    assert all(logged("p.jsonl")[i]["caption"] for i in (0, 2))
+    with pytest.raises(ConfigError, match="no column photo among image, id, url; --image-column names it"):
+        find_items(["t.jsonl"], column="photo")
     assert sorted(p.name for p in Path("x").glob("*.txt")) == ["00.txt", "01.txt"]
     Path("t.csv").write_text('image\n""\n')
     assert run("t.csv", "--format", "txt") == 1
+
+
+def test_a_table_may_shout_its_suffix(run):
+    Path("P.JSONL").write_text('{"image": "a.png"}\n{"image": "b.png"}\n')
+    Path("P.TSV").write_text("id\timage\n1\ta.png\n2\tb.png\n")
+    Path("P.CSV").write_text("id,image\n1,a.png\n2,b.png\n")
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["a.png", "b.png"]}), "Q.PARQUET")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": None}]}), "R.PARQUET")
+    for table in ("P.JSONL", "P.TSV", "P.CSV", "Q.PARQUET"):
+        assert [item.name for item in find_items([table])] == ["a.png", "b.png"]
+    assert [item.name for item in find_items(["R.PARQUET"])] == ["R.PARQUET/0"]
 
 
 @pytest.mark.parametrize("cut", [100, 511])

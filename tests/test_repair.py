@@ -169,6 +169,11 @@ def test_tables_of_drafts(run, capsys):
     with pytest.raises(ConfigError, match="no column of captions among image, note; --caption-column"):
         Path("e.jsonl").write_text('{"image": "0.png", "note": "x"}\n')
         find_drafts("e.jsonl", False, "", "", ".txt")
+    Path("f.jsonl").write_text('{"image": "0.png", "caption": "a star"}\n{"image": "1.png", "note": "x"}\n{"text": "a"}\n')
+    assert [i.key for i in find_drafts("f.jsonl", False, "", "", ".txt")] == [("0.png", "a star"), ("1.png", ""), ("f.jsonl/2", "a")]
+    assert run("--refine", "f.jsonl", "--output", "f.json") == 3
+    errors = [row["error"] for row in json.loads(Path("f.json").read_text())]
+    assert errors == [None, "1.png: no caption to look at", "f.jsonl/2: no image in this row"]
     Path("u.jsonl").write_text('{"image": "0.png", "caption": "a\u2028b"}\r\n', encoding="utf-8")  # a line end within a text
     assert [i.draft for i in find_drafts("u.jsonl", False, "", "", ".txt")] == ["a\u2028b"]
 

@@ -173,6 +173,13 @@ def _column(names: Sequence[str], wanted: str, path: Path, usual: Sequence[str] 
     return found
 
 
+def _values(rows: Sequence[dict[str, Any]], wanted: str, path: Path, usual: Sequence[str] = COLUMNS, kind: str = "image") -> list[Any]:
+    """What each row of a table has in its column, None where it lacks it. Raises ConfigError if all rows do."""
+    if rows:
+        _column(list(dict.fromkeys(name for row in rows for name in row if name)), wanted, path, usual, kind)
+    return [next((row[c] for c in ([wanted] if wanted else usual) if c in row), None) for row in rows]
+
+
 def _holds_images(field: Any) -> bool:
     return str(field.type).startswith(("struct", "binary", "large_binary"))
 
@@ -196,28 +203,29 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """A table's rows, without images that it holds."""
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         file = load_pyarrow(path).ParquetFile(path)
         columns = [field.name for field in file.schema_arrow if not _holds_images(field)]
         return [row for group in range(file.num_row_groups) for row in file.read_row_group(group, columns).to_pylist()]
-    if path.suffix == ".jsonl":
+    if kind == ".jsonl":
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at the line ends that JSON leaves within a text
         return [_object(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
+        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
 
 
 def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
     """The images that a table names, relative to its folder, or holds; with `captions`, that column's (\"\": a usual one's) as drafts."""
     try:
-        items, rows = _parquet(path, wanted) if path.suffix == ".parquet" else [], _records(path)
+        items, rows = _parquet(path, wanted) if path.suffix.lower() == ".parquet" else [], _records(path)
         if not items:
-            names = [str(row[_column(list(row), wanted, path)] or "") for row in rows]
+            names = [str(value or "") for value in _values(rows, wanted, path)]
             listed = iter(_listed([name for name in names if name], path.parent))
             items = [next(listed) if name else _empty(f"{path}/{i}", path, "no image in this row") for i, name in enumerate(names)]
         if captions is None:
             return items
-        told = [row[_column(list(row), captions, path, CAPTIONS, "caption")] for row in rows]
+        told = _values(rows, captions, path, CAPTIONS, "caption")
         several = [[str(text or "").strip() for text in (cell if isinstance(cell, list) else [cell])] for cell in told]
         return [replace(item, draft=text) for item, texts in zip(items, several, strict=True) for text in texts]
     except ConfigError:

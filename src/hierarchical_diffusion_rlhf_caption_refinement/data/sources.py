@@ -174,11 +174,12 @@ def _parse(line: bytes) -> Any:
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, row) of a CSV, Parquet or JSON lines file."""
-    if path.suffix == ".csv":
+    kind = path.suffix.lower()
+    if kind == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines)
             yield from ((reader.line_num, row) for row in reader)
-    elif path.suffix == ".parquet":
+    elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 
         yield from enumerate((row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1)
