@@ -264,6 +264,7 @@ def test_templates_keep_their_words(predict, pictures, template, pattern):
         (["steps=99999999999999999999"], "sampler.steps=99999999999999999999: must be a finite number"),
         (["steps=???"], "sampler.steps=???: 'sampler.steps' has no value"),
         (["--candidates", "2", "--accuracy", "1e300"], "accuracy, fluency and specificity count from 0 to 100 times"),
+        (["--seed", "100000000000000000000"], "error: --seed 100000000000000000000: must fit into 64 bits"),
         ([""], "an empty image name"),
         (["--format", "txt", "--ext", "."], "--ext .: expected a suffix such as .txt that is not an image's"),
         (["--format", "txt", "--ext", ".a/b"], "--ext .a/b: expected a suffix such as .txt that is not an image's"),
@@ -309,6 +310,13 @@ def test_a_refine_of_nothing_tells_what_is_not_there(predict, pictures, capsys):
         assert capsys.readouterr().err == f"error: {name}: {reason}\n"
     assert predict("--refine", str(pictures / "0.png"), "--report-only") == 2
     assert capsys.readouterr().err == f"error: {pictures / '0.png'}: no caption in it\n"
+
+
+@pytest.mark.parametrize("weak", ["nan", "inf"])
+def test_a_suspicion_that_is_no_number_is_refused(predict, pictures, capsys, weak):
+    Path("d.jsonl").write_text(f'{{"image": "{pictures / "0.png"}", "caption": "a red circle"}}\n')
+    assert predict("--refine", "d.jsonl", "--weak", weak) == 2
+    assert capsys.readouterr().err == f"error: --weak {weak}: must be a finite number\n"
 
 
 def test_steps_are_refused_where_a_search_would_ignore_them(predict, pictures, capsys):

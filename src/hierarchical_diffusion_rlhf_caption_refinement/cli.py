@@ -3,6 +3,7 @@
 import argparse
 import heapq
 import json
+import math
 import os
 import re
 import sys
@@ -388,6 +389,10 @@ def read_work(args: argparse.Namespace) -> Any:
     from .utils.files import fingerprint
     from .utils.seeding import usable_device
 
+    if not -(2**63) <= args.seed < 2**63:
+        raise ConfigError(f"--seed {args.seed}: must fit into 64 bits")
+    if not math.isfinite(args.weak or 0):
+        raise ConfigError(f"--weak {args.weak}: must be a finite number")
     texts = tuple(args.must_include), tuple(args.ban), args.template
     wishes = Wishes(*texts, args.min_words, args.max_words, args.prefix, args.suffix)
     captioner = Captioner.from_pretrained(args.checkpoint, args.model_type, usable_device())
