@@ -249,7 +249,7 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image-url", help="path or http(s) URL of one image")
     source.add_argument("--image-list", type=Path, metavar="FILE", help="text file with a path or URL per line")
-    add("-r", "--recursive", action="store_true", help="folders with all that is in them")
+    add("-r", "--recursive", action="store_true", help="folders with all that is in them, behind links, too; hidden ones not")
     add("--image-column", default="", metavar="NAME", help="of tables; default: image, file_name, path, url, ...")
     add("--output", type=Path, help="file (.json .jsonl .csv .parquet metadata.jsonl), or with --format txt a folder; default: print")
     add("--format", choices=["txt", "json", "jsonl", "csv", "parquet", "metadata", "coco"], help="txt: a text file beside each image")

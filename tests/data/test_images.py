@@ -151,6 +151,19 @@ def test_find_images(tmp_path: Path) -> None:
         find_images(tmp_path / "nowhere")
 
 
+def test_linked_folders_are_followed_once_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    for name in ("in/z/a.png", "in/.thumbs/b.png", "in/z/.deep/c.png", "in/z/.d.png", "out/e.png", "out/more/f.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = {"in/linked": "out", "in/again": "out", "in/a": "in/z", "in/z/up": "in", "out/more/back": "out", "in/.hidden": "out"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    found = find_images(tmp_path / "in", recursive=True)
+    assert [p.relative_to(tmp_path).as_posix() for p in found] == ["in/again/e.png", "in/again/more/f.png", "in/z/a.png"]
+    (tmp_path / ".named").symlink_to("out")  # what is asked for by name may be hidden, and a link
+    assert find_images(tmp_path / ".named", recursive=True) == [tmp_path / ".named" / name for name in ("e.png", "more/f.png")]
+
+
 def test_links_to_nowhere_and_closed_folders_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("open", "shut", "folder.png"):
         (tmp_path / name).mkdir()

@@ -9,6 +9,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,16 +148,29 @@ def fetch_image(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYT
 
 
 def find_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """Image files of a folder by suffix, sorted; hidden ones are left out, a folder in it that cannot be read stands for its images.
+    """Image files of a folder by suffix, sorted; `recursive` looks into the folders in it, too, and follows links to folders.
+
+    Hidden files and folders are left out; a folder in it that cannot be read stands for its images.
 
     Raises ImageError if there is no such folder.
     """
     folder, closed = Path(folder), list[OSError]()
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder")
-    tree = (Path(root, name) for root, _, names in os.walk(folder, onerror=closed.append) for name in names)
-    images = [p for p in (tree if recursive else folder.iterdir()) if is_image(p) and not p.name.startswith(".")]
+    images = [p for p in (_tree(folder, closed.append) if recursive else folder.iterdir()) if is_image(p) and not p.name.startswith(".")]
     return sorted([*images, *(Path(error.filename) for error in closed)])
+
+
+def _tree(folder: Path, onerror: Callable[[OSError], object]) -> Iterator[Path]:
+    """Files of a folder and of those in it, hidden folders aside; each folder once, by the way without links if there is one."""
+    tops, seen = deque([folder]), set[str]()
+    while tops:
+        for root, folders, names in os.walk(tops.popleft(), onerror=onerror):
+            real = os.path.realpath(root)
+            folders[:] = sorted(name for name in folders if real not in seen and not name.startswith("."))
+            tops += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
+            yield from (Path(root, name) for name in names if real not in seen)
+            seen.add(real)
 
 
 def is_image(path: Path) -> bool:
