@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPImageProcessorPil, ViTConfig, ViTModel
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode
-from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser, save_denoiser
-from hierarchical_diffusion_rlhf_caption_refinement.models.vision import to_pixels
+from hierarchical_diffusion_rlhf_caption_refinement.models.saved import build_alignment, build_denoiser, load_denoiser, save_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.models.vision import build_vision, to_pixels
 from hierarchical_diffusion_rlhf_caption_refinement.pretrained import CaptionRefiner
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import VisionConfig
 
 FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -91,6 +92,32 @@ def test_the_reward_of_an_earlier_run_is_found_from_anywhere(smoke, tmp_path, mo
         monkeypatch.chdir(tmp_path / folder)
         parts = Captioner.from_pretrained(named).parts
         assert parts.reward and parts.files[1].resolve() == tmp_path / "run/models/earlier/best_reward_model.pt"
+
+
+def test_a_backbone_named_from_where_training_ran_is_found_from_anywhere(smoke, scenes, tmp_path, monkeypatch):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**small, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(tmp_path / "shared/vit")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path / "shared/vit")
+    (tmp_path / "run/models").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    eyes = load_denoiser(smoke / "models/smoke/best_base_model.pt", "base")[0]
+    config = replace(eyes.config, vision=VisionConfig(backbone="../shared/vit", width=0))
+    vision = build_vision(config.vision)
+    eyes = replace(eyes, config=config, vision=vision, alignment=build_alignment(config, eyes.tokenizer, vision.width))
+    path = tmp_path / "run/models/best_base_model.pt"
+    save_denoiser(path, "base", eyes, build_denoiser(eyes), {})
+    expected = Captioner.from_pretrained("models", "base")(scenes)
+    (tmp_path / "else/where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "else/where")
+    found = Captioner.from_pretrained(path)
+    assert found(scenes) == expected and found.eyes.config == config
+    assert cli.main(["export", "--checkpoint", str(path), "--output", "out"]) == 0
+    (tmp_path / "shared").rename(tmp_path / "gone")
+    Path("out").rename(tmp_path / "moved")
+    assert Captioner.from_pretrained("../../moved")(scenes) == expected
+    line = r"best_base_model\.pt: \.\./shared/vit, by which it sees, is no folder from here, .*`caprefine export`, run where the folder is"
+    with pytest.raises(CheckpointError, match=line):
+        Captioner.from_pretrained(path)
 
 
 def test_the_card_has_the_measured_table(smoke, exported):

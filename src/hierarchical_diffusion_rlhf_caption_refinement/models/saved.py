@@ -1,5 +1,6 @@
 """Models as files: building them from a config, and the payloads of their checkpoints. A captioner's file holds all it needs to see."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,13 +103,30 @@ def settings_from(tree: dict[str, Any], path: Path) -> Config:
         raise CheckpointError(f"{path}: made by another version of the package: {error}") from None
 
 
+def above(path: Path, place: str) -> list[Path]:
+    """Where a place may be that is relative to where training ran: above the file, unless this was moved away, else relative to here."""
+    return [*(folder / place for folder in path.absolute().parents), Path(place)]
+
+
+def _whereabouts(name: str, path: Path) -> str:
+    """The folder of what is pretrained, for the file that names it; a hub id as it is. Raises CheckpointError."""
+    if name in ("", "patches"):
+        return name
+    found = next((str(place) for place in above(path, name) if place.is_dir()), None)
+    if not (found or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
+        export = "`caprefine export`, run where the folder is, makes a captioner that can be moved"
+        raise CheckpointError(f"{path}: {name}, by which it sees, is no folder from here, nor from a folder above that file; {export}")
+    return found or name
+
+
 def eyes_from(payload: dict[str, Any], path: Path) -> Eyes:
     """The eyes that `eyes_payload` describes; `path` is for the message of the CheckpointError."""
     config = settings_from(payload["config"], path)
     tokenizer = Tokenizer.from_str(payload["tokenizer"])
-    vision = build_vision(config.vision)
+    vision = build_vision(replace(config.vision, backbone=_whereabouts(config.vision.backbone, path)))
     load_weights(vision, payload["vision"], path)
-    alignment = build_alignment(config, tokenizer, vision.width)
+    clip = replace(config.alignment, pretrained=_whereabouts(config.alignment.pretrained, path))
+    alignment = build_alignment(replace(config, alignment=clip), tokenizer, vision.width)
     if isinstance(alignment, AlignmentModel):
         load_weights(alignment, payload["alignment"], path)
     for part in (vision, alignment):
@@ -197,9 +215,8 @@ def reward_beside(captioner: Path, eyes: Eyes, words: Words) -> tuple[Path, Rewa
 
     Raises OtherEyesError if its eyes are not the captioner's: what it would make of its captions means nothing.
     """
-    start = eyes.config.start_from  # relative to where training ran, which is above the captioner unless this was moved away
-    earlier = [*(above / start for above in captioner.absolute().parents), Path(start)] if start else []
-    folders = [captioner.parent, *earlier]
+    start = eyes.config.start_from
+    folders = [captioner.parent, *(above(captioner, start) if start else [])]
     path = next((path for folder in folders if (path := folder / FILES["reward"]).exists()), None)
     if path is None:
         return None
