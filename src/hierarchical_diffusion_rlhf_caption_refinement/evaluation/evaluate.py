@@ -88,7 +88,7 @@ def agreement(train: Corpus, neighbours: int = 0, repeated: float = 0.0) -> Wort
     idf = metrics.rarity(said)
 
     def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> np.ndarray:
-        return metrics.cider_d(candidates, [refs for refs in references for _ in range(len(candidates) // len(references))], idf)[1]
+        return metrics.cider_d(candidates, [refs for refs in references for _ in range(len(candidates) // len(references))], idf)
 
     def worth(corpus: Corpus, rows: Sequence[int], t: Trajectory) -> Tensor:
         candidates = [metrics.tokenize(text) for text in decode_rows(corpus.tokenizer, t.x0, t.length)]
@@ -182,9 +182,8 @@ def reference_intervals(captions: Sequence[str], examples: Sequence[Example], dr
     references = [[metrics.tokenize(r) for r in e.captions] for e in examples]
     counts = metrics.bleu_counts(candidates, references)
     found = {f"bleu_{n}": metrics.bootstrap_sums(counts, lambda total, n=n: metrics.bleu_of(total)[n - 1], draws) for n in range(1, 5)}
-    each = {"cider_d": metrics.cider_d(candidates, references)[1], "rouge_l": metrics.rouge_l(candidates, references)[1]}
-    each["specificity"] = metrics.specificity(candidates, references)
-    found |= {name: metrics.bootstrap(values, draws=draws) for name, values in each.items()}
+    for measure in (metrics.cider_d, metrics.rouge_l, metrics.specificity):
+        found[measure.__name__] = metrics.bootstrap(measure(candidates, references), draws=draws)
     return {name: asdict(row) for name, row in found.items()}
 
 

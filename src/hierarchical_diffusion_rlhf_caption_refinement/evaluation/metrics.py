@@ -15,6 +15,8 @@ from jaxtyping import Float, Shaped
 
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
+BETA = 1.2
+"""How much more recall counts than precision in ROUGE-L, as in the COCO caption evaluation."""
 
 _CLITIC = r"(?:n't|'(?:s|m|d|re|ve|ll))\b"
 _SPLIT = re.compile(rf"(?<=\w)(?={_CLITIC})|(?<=\bcan)(?=not\b)|(?<=\bgon)(?=na\b)|(?<=\bwan)(?=na\b)")
@@ -53,9 +55,9 @@ def rarity(references: Sequence[Sequence[Tokens]]) -> Callable[[Ngram], float]:
 
 
 def cider_d(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], idf: Callable[[Ngram], float] | None = None, sigma: float = 6.0
-) -> tuple[float, Float[np.ndarray, " n"]]:
-    """CIDEr-D (Vedantam et al. 2015), mean and per image; `idf` is the `rarity` in these references unless given.
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], idf: Callable[[Ngram], float] | None = None
+) -> Float[np.ndarray, " n"]:
+    """CIDEr-D (Vedantam et al. 2015) of each image; `idf` is the `rarity` in these references unless given.
 
     Ten times the mean over n = 1..4 of the clipped tf-idf cosine, with a Gaussian penalty on the difference in length: 0 to 10.
     With the set's own rarity it depends on the whole set, and a single image scores 0.
@@ -74,14 +76,13 @@ def cider_d(
             total += shared / (norm_a * norm_b) if shared else 0.0
         # lengths are counted in bigrams, as the reference code does
         delta = max(len(candidate) - 1, 0) - max(len(reference) - 1, 0)
-        return total / 4 * math.exp(-(delta**2) / (2 * sigma**2))
+        return total / 4 * math.exp(-(delta**2) / (2 * 6.0**2))
 
     def score(candidate: Tokens, refs: Sequence[Tokens]) -> float:
         own = vectors(tuple(candidate))
         return 10 * sum(similarity(candidate, ref, own) for ref in refs) / len(refs)
 
-    scores = np.array([score(c, refs) for c, refs in zip(candidates, references, strict=True)])
-    return float(scores.mean()), scores
+    return np.array([score(c, refs) for c, refs in zip(candidates, references, strict=True)])
 
 
 def bleu_counts(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Float[np.ndarray, "n 10"]:
@@ -100,16 +101,11 @@ def bleu_counts(candidates: Sequence[Tokens], references: Sequence[Sequence[Toke
 
 
 def bleu_of(total: Float[np.ndarray, " 10"]) -> list[float]:
-    """BLEU-1 to BLEU-4 of a set from the sum of its captions' counts."""
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002) of a set from the sum of its captions' counts."""
     length, target = total[8], total[9]
     precision = (total[:4] + 1e-15) / (total[4:8] + 1e-9)
     brevity = min(1.0, math.exp(1 - (target + 1e-9) / (length + 1e-15))) if length else 0.0
     return [float(np.prod(precision[:n]) ** (1 / n)) * brevity for n in range(1, 5)]
-
-
-def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of the whole set (Papineni et al. 2002)."""
-    return bleu_of(bleu_counts(candidates, references).sum(0))
 
 
 def _common_subsequence(a: Tokens, b: Tokens) -> int:
@@ -122,10 +118,8 @@ def _common_subsequence(a: Tokens, b: Tokens) -> int:
     return row[-1]
 
 
-def rouge_l(
-    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], beta: float = 1.2
-) -> tuple[float, Float[np.ndarray, " n"]]:
-    """ROUGE-L (Lin 2004), mean and per image: F of the best precision and the best recall of the longest common subsequence."""
+def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Float[np.ndarray, " n"]:
+    """ROUGE-L (Lin 2004) of each image: F of the best precision and the best recall of the longest common subsequence."""
 
     def score(candidate: Tokens, refs: Sequence[Tokens]) -> float:
         common = [_common_subsequence(candidate, ref) for ref in refs]
@@ -133,10 +127,9 @@ def rouge_l(
             return 0.0
         precision = max(common) / len(candidate)
         recall = max(c / len(ref) for c, ref in zip(common, refs, strict=True) if ref)
-        return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+        return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
-    scores = np.array([score(c, refs) for c, refs in zip(candidates, references, strict=True)])
-    return float(scores.mean()), scores
+    return np.array([score(c, refs) for c, refs in zip(candidates, references, strict=True)])
 
 
 # --- The text alone
@@ -210,25 +203,16 @@ def bootstrap_sums(rows: Float[np.ndarray, "n k"], statistic: Callable[[Float[np
     return Interval(statistic(rows.sum(0)), float(low), float(high))
 
 
-def win_rate(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"], groups: Iterable[Hashable] | None = None) -> Interval:
-    """Share of the rows on which a scores above b, ties counted half, with its interval clustered by group."""
-    return bootstrap((a > b) + 0.5 * (a == b), groups)
+def win_rate(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"]) -> Interval:
+    """Share of the rows on which a scores above b, ties counted half, with its interval."""
+    return bootstrap((a > b) + 0.5 * (a == b))
 
 
 # --- Predicted probabilities
 
 
-def expected_calibration_error(probability: Float[np.ndarray, " n"], outcome: Shaped[np.ndarray, " n"], bins: int = 10) -> float:
-    """Mean over all n of |mean probability - share of outcomes| in equally wide bins of probability (Naeini et al. 2015)."""
-    at = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = np.bincount(at, probability - outcome.astype(float), minlength=bins)
+def expected_calibration_error(probability: Float[np.ndarray, " n"], outcome: Shaped[np.ndarray, " n"]) -> float:
+    """Mean over all n of |mean probability - share of outcomes| in ten equally wide bins of probability (Naeini et al. 2015)."""
+    at = np.minimum((probability * 10).astype(int), 9)
+    gaps = np.bincount(at, probability - outcome.astype(float))
     return float(np.abs(gaps).sum() / len(probability))
-
-
-def auc(score: Shaped[np.ndarray, " n"], outcome: Shaped[np.ndarray, " n"]) -> float:
-    """Probability that a positive outcome scores above a negative one, ties counted half; nan unless both occur."""
-    _, at, counts = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[at]
-    positive = outcome.astype(bool)
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    return (float(rank[positive].sum()) - ones * (ones + 1) / 2) / (ones * zeros) if ones and zeros else math.nan
