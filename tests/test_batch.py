@@ -1,7 +1,6 @@
 """A folder as people have them, captioned by a job that is killed again and again: every good image once, every bad one with its reason."""
 
 import csv
-import io
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ import pytest
 from PIL import Image
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli, inputs
-from hierarchical_diffusion_rlhf_caption_refinement.batch import Batch, Task, Work, ahead, without_torn_line
+from hierarchical_diffusion_rlhf_caption_refinement.batch import Batch, Task, Work, ahead
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner, ObedienceError, Wishes
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.inputs import find_items
@@ -572,34 +571,6 @@ def test_a_torn_line_costs_one_image(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "4 captions in p.json (3 done before)"
     again = json.loads(Path("p.json").read_text())
     assert [r["caption"] for r in again] == [r["caption"] for r in first] and again[:3] == first[:3] and len(logged(log)) == 4
-
-
-class Counting(io.BytesIO):
-    """Counts the bytes that are read."""
-
-    count = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        self.count += len(data)
-        return data
-
-
-@pytest.mark.parametrize("step", [1, 4, 100])
-def test_a_torn_line_is_looked_for_from_behind(step):
-    for content, whole_lines in (
-        (b"", b""),
-        (b"torn", b""),
-        (b"ab\n", b"ab\n"),
-        (b"ab\ncd\ntorn line", b"ab\ncd\n"),
-        (b"\n" + b"x" * 9, b"\n"),
-    ):
-        file = io.BytesIO(content)
-        without_torn_line(file, step)
-        assert file.getvalue() == whole_lines
-    file = Counting(b"line\n" * 1000 + b"torn")
-    without_torn_line(file, step)
-    assert file.getvalue() == b"line\n" * 1000 and file.count <= 4 + step
 
 
 def test_two_runs_do_not_write_one_log(run, capsys):

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -116,18 +115,6 @@ def ahead(tasks: Iterable[Task]) -> Iterator[tuple[Task, "Future[Image]"]]:
             yield waiting.popleft()
 
 
-def without_torn_line(file: BufferedIOBase, step: int = 1 << 16) -> None:
-    """Cut off what follows the last line's end; the file is read from behind as far as that."""
-    start = file.seek(0, os.SEEK_END)
-    while start:
-        start = max(start - step, 0)
-        file.seek(start)
-        if end := file.read(step).rfind(b"\n") + 1:
-            start += end
-            break
-    file.truncate(start)
-
-
 class Log:
     """JSON lines of all that was captioned, synced after every batch; a torn last line is ignored. Shards write their own, and read all.
 
@@ -146,7 +133,8 @@ class Log:
         except OSError:
             self.file.close()
             raise ConfigError(f"{path}: another run is writing it") from None
-        without_torn_line(self.file)
+        self.file.seek(0)
+        self.file.truncate(sum(len(line) for line in self.file if line.endswith(b"\n")))
         self.read()
 
     def read(self) -> None:
