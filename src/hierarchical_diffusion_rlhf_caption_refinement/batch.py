@@ -288,7 +288,7 @@ class Batch:
         with _alone_in(self.log.path.parent):  # so that the last one to come here sees all rows
             self.log.read()
             if self.output.format != "txt":
-                write_table(self.output, self.rows())
+                write_table(self.output, self.work.fields, self.rows())
             for item, row in self.rows():
                 failures += [json.dumps({"image": item.name, "error": row["error"]}) + "\n"] if row["error"] else []
                 if item.key in keys and item.name not in self.kept:

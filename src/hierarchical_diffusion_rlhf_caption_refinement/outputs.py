@@ -38,18 +38,12 @@ class Output:
     ext: str = ".txt"
     full_name: bool = False
     """a.jpg.txt instead of a.txt"""
-    drafts: bool = False
-    """The captions were there before."""
 
     def __post_init__(self) -> None:
         if self.format != "txt" and self.path is None:
             raise ConfigError(f"--format {self.format} needs --output FILE")
         if self.format == "parquet" and self.path:
             load_pyarrow(self.path)  # what is missing is said before the work, not after it
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return DRAFT_FIELDS if self.drafts else FIELDS
 
     def sidecar(self, item: Item) -> Path:
         """The text file of an image."""
@@ -90,7 +84,7 @@ def make_output(path: Path | None, form: str | None, existing: str, ext: str, fu
         path = path / "metadata.jsonl"
     if drafts and form == "txt" and path is None:
         raise ConfigError("--refine --format txt needs --output FOLDER: drafts stay as they are")
-    return Output(cast(Format, form), path, cast(Existing, existing), ext, full_name, drafts)
+    return Output(cast(Format, form), path, cast(Existing, existing), ext, full_name)
 
 
 def check_places(output: Output, items: Sequence[Item]) -> None:
@@ -177,21 +171,21 @@ def write_text(path: Path, content: str) -> None:
         partial.write_bytes(content.encode("utf-8", "surrogateescape"))
 
 
-def write_table(output: Output, rows: Iterable[tuple[Item, Row]]) -> None:
+def write_table(output: Output, fields: Sequence[str], rows: Iterable[tuple[Item, Row]]) -> None:
     """Rows go through one by one; `metadata` and `coco` have no place for a failure and leave it out."""
     path = cast(Path, output.path)
     with whole(path) as partial:
         if output.format == "parquet":
-            _write_parquet(partial, output.fields, ({f: row[f] for f in output.fields} for _, row in rows))
+            _write_parquet(partial, fields, ({f: row[f] for f in fields} for _, row in rows))
             return
         with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
             if output.format == "csv":
-                flat = [field for field in output.fields if field not in LISTS]
+                flat = [field for field in fields if field not in LISTS]
                 file.write(_csv_line(flat))
                 file.writelines(_csv_line([row[f] for f in flat]) for _, row in rows)
                 return
             shown = ((item, row) for item, row in rows if not row["error"] or output.format in ("json", "jsonl"))
-            lines = (json.dumps(_shaped(output, item, row)) for item, row in shown)
+            lines = (json.dumps(_shaped(output, fields, item, row)) for item, row in shown)
             if output.format in ("json", "coco"):
                 file.write("[")
                 file.writelines(f"{',' if i else ''}\n{line}" for i, line in enumerate(lines))
@@ -207,12 +201,12 @@ def _csv_line(cells: Sequence[Any]) -> str:
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _shaped(output: Output, item: Item, row: Row) -> Row:
+def _shaped(output: Output, fields: Sequence[str], item: Item, row: Row) -> Row:
     if output.format == "metadata":
         return {"file_name": file_name(output, item), "text": row["caption"]}
     if output.format == "coco":
         return {"image_id": coco_id(item), "caption": row["caption"]}
-    return {field: row[field] for field in output.fields}
+    return {field: row[field] for field in fields}
 
 
 def _write_parquet(path: Path, fields: Sequence[str], rows: Iterator[Row]) -> None:
