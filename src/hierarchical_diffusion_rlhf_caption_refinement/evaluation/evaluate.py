@@ -19,7 +19,7 @@ from ..data.images import CROPS, look
 from ..data.scenes import check
 from ..data.sources import Example
 from ..data.text import decode_rows
-from ..models.alignment import Alignment, PretrainedClip, text_scores
+from ..models.alignment import Alignment, PretrainedClip, ranks, text_scores
 from ..models.beam import Fit, search_or_denoise
 from ..models.denoiser import DiffusionCaptionModel
 from ..models.reward import RewardModel
@@ -203,7 +203,7 @@ def retrieval(alignment: Alignment, corpus: Corpus) -> dict[str, float]:
     texts = [caption for example in corpus.examples for caption in example.captions]
     own = torch.tensor([row for row, example in enumerate(corpus.examples) for _ in example.captions])
     scores = alignment.embed_texts(texts).cpu() @ corpus.joint.T
-    rank = (scores > scores.gather(1, own[:, None])).sum(1)
+    rank = ranks(scores, own)
     return {f"text_to_image_r{k}": float((rank < k).float().mean()) for k in (1, 5, 10)}
 
 

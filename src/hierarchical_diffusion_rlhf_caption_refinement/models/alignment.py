@@ -125,16 +125,9 @@ def contrastive_loss(logits: Float[Tensor, "N B"], target: Int[Tensor, " N"]) ->
     return F.cross_entropy(logits.float(), target)
 
 
-def recall_at(ranks_logits: Float[Tensor, "N B"], k: int) -> float:
-    """Share of rows whose own column (the diagonal) is among the k best."""
-    own = ranks_logits.diagonal()[:, None]
-    return float(((ranks_logits > own).sum(1) < k).float().mean())
-
-
-def mean_reciprocal_rank(ranks_logits: Float[Tensor, "N B"]) -> float:
-    """Mean of 1 / rank of every row's own column (the diagonal), 1 for the best."""
-    own = ranks_logits.diagonal()[:, None]
-    return float((1 / (1 + (ranks_logits > own).sum(1))).mean())
+def ranks(scores: Float[Tensor, "N B"], own: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """How many columns fit each row better than its own."""
+    return (scores > scores.gather(1, own[:, None])).sum(1)
 
 
 def text_scores(alignment: Alignment, texts: Sequence[str], image: Float[Tensor, "B E"]) -> Float[Tensor, " B"]:

@@ -20,7 +20,7 @@ from ..data.features import check_images, load_features, read_all
 from ..data.sources import Example
 from ..data.streams import batch_indices
 from ..data.text import banned_ids, build_tokenizer, load_tokenizer, pad
-from ..models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, mean_reciprocal_rank, recall_at
+from ..models.alignment import AlignmentModel, PretrainedClip, contrastive_loss, ranks
 from ..models.saved import FILES, Eyes, build_alignment, load_eyes, save_eyes
 from ..models.vision import PatchEncoder, PretrainedVision, build_vision, to_pixels
 from ..utils.config import settings_of
@@ -105,15 +105,15 @@ def objective(model: nn.Module, batch: AlignmentBatch) -> tuple[Tensor, dict[str
 
 
 def retrieval(trainee: AlignmentTrainee, images: Callable[[slice], Tensor], captions: list[str], chunk: int = 200) -> dict[str, float]:
-    """Recall of images by texts and of texts by images among the given pairs."""
+    """Recall of images by texts and of texts by images among the given pairs, and the mean of 1 / rank of the former."""
     parts = [slice(i, i + chunk) for i in range(0, len(captions), chunk)]
     encode: Any = trainee.vision if trainee.vision else (lambda x: x)
     i = torch.cat([trainee.alignment.embed_images(encode(images(part))) for part in parts])
     logits = i @ trainee.alignment.embed_texts(captions).T
-    named = {"image_to_text": logits, "text_to_image": logits.T}
-    return {f"{name}_r{k}": recall_at(scores, k) for name, scores in named.items() for k in (1, 10)} | {
-        "text_to_image_mrr": mean_reciprocal_rank(logits.T)
-    }
+    own = torch.arange(len(captions), device=logits.device)
+    found = {"image_to_text": ranks(logits, own), "text_to_image": ranks(logits.T, own)}
+    recalls = {f"{way}_r{k}": float((rank < k).float().mean()) for way, rank in found.items() for k in (1, 10)}
+    return recalls | {"text_to_image_mrr": float((1 / (1 + found["text_to_image"])).mean())}
 
 
 def shuffled_ids(captions: list[list[list[int]]], rows: list[int], generator: torch.Generator) -> list[list[int]]:
