@@ -1,9 +1,8 @@
 from collections import Counter
-from itertools import islice
 
 import pytest
 
-from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share, stream
+from hierarchical_diffusion_rlhf_caption_refinement.data.streams import batch_indices, share
 
 
 def test_a_batch_depends_on_its_number_seed_and_name_alone() -> None:
@@ -26,8 +25,3 @@ def test_shares_partition_the_batch_evenly() -> None:
     assert Counter(len(rows[share(12, rank, 4)]) for rank in range(4)) == {3: 4}
     with pytest.raises(ValueError, match="10 cannot be split evenly among 4"):
         share(10, 0, 4)
-
-
-def test_a_stream_can_start_anywhere() -> None:
-    batches = stream(lambda i: i * i)
-    assert list(islice(batches(0), 6))[3:] == list(islice(batches(3), 3)) == [9, 16, 25]

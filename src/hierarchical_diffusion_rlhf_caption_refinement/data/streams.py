@@ -1,15 +1,10 @@
 """Index-addressed batches: which examples batch i holds depends on the seed and on i alone, so any batch can be replayed."""
 
-import itertools
-from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 
 from ..utils.seeding import generator
-
-T = TypeVar("T")
 
 
 @lru_cache(maxsize=4)
@@ -28,8 +23,3 @@ def share(size: int, rank: int, world: int) -> slice:
     if size % world:
         raise ValueError(f"a batch of {size} cannot be split evenly among {world} processes")
     return slice(rank * size // world, (rank + 1) * size // world)
-
-
-def stream(make: Callable[[int], T]) -> Callable[[int], Iterator[T]]:
-    """First index -> endless batches from there on."""
-    return lambda start: map(make, itertools.count(start))

@@ -1,5 +1,6 @@
 """What every stage is given: the settings, the processes, the log, and one way to train."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from ..data.streams import batch_indices, share, stream
+from ..data.streams import batch_indices, share
 from ..utils.config import Config, FitConfig, Stage
 from ..utils.runlog import RunLog
 from ..utils.seeding import usable_device, usable_precision
@@ -53,9 +54,13 @@ class Run:
         return state
 
     def batches(self, name: str, cfg: FitConfig, count: int, make: Callable[[int, list[int], slice], T]) -> Callable[[int], Iterator[T]]:
-        """A stream of `make(batch number, rows of the whole batch, this process's part of them)`."""
+        """First number -> endless `make(batch number, rows of the whole batch, this process's part of them)` from there on."""
         part = share(cfg.batch_size, self.accelerator.process_index, self.accelerator.num_processes)
-        return stream(lambda i: make(i, batch_indices(count, cfg.batch_size, i, self.config.seed, name), part))
+
+        def batch(number: int) -> T:
+            return make(number, batch_indices(count, cfg.batch_size, number, self.config.seed, name), part)
+
+        return lambda start: map(batch, itertools.count(start))
 
     def fit(
         self,
