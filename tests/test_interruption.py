@@ -68,7 +68,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(smoke, copy, capsys, stage
 
     def pressed(self, row):
         update(self, row)
-        if (self.name, row["step"]) == (stage, step):
+        if (self.stage, row["step"]) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Progress, RunLog, counter
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, counter
 
 
 def row(step, **numbers):
@@ -79,9 +79,9 @@ def shown(console):
 
 @pytest.mark.parametrize("width", [48, 60, 89, 90, 120, 200])
 @pytest.mark.parametrize("stage", ["rlhf", "alignment"])
-def test_bar_fits_the_terminal(width, stage):
+def test_bar_fits_the_terminal(width, stage, tmp_path):
     console = terminal(width)
-    with Progress(stage, 120_000, console=console) as progress:
+    with RunLog(tmp_path).stage(stage, 120_000, console=console) as progress:
         for step in (6000, 12000):
             progress.update({"step": step, "loss": -0.012345, "reward": -1.23456, "kl": 12.345, "other": 7.7})
     last = shown(console)[-1]
@@ -92,29 +92,29 @@ def test_bar_fits_the_terminal(width, stage):
         assert "loss -0.0123 reward -1.23 kl 12.3" in last
 
 
-def test_resumed_bar_starts_where_it_left():
+def test_resumed_bar_starts_where_it_left(tmp_path):
     console = terminal(60)
-    with Progress("base", 100, done=70, console=console):
+    with RunLog(tmp_path).stage("base", 100, 70, console):
         pass
     assert "70%" in shown(console)[-1]
 
 
-def test_epoch_lines_stay_on_a_terminal():
+def test_epoch_lines_stay_on_a_terminal(tmp_path):
     console = terminal(60)
-    with Progress("base", 20, console=console) as progress:
+    with RunLog(tmp_path).stage("base", 20, console=console) as progress:
         progress.update(row(10))
-        progress.epoch(row(10, val_loss=0.25))
+        progress(row(10, val_loss=0.25))
         progress.update(row(20))
     assert any(line.rstrip().endswith("base epoch 1  loss 0.1  val_loss 0.25") for line in shown(console))
 
 
-def test_plain_lines_elsewhere():
+def test_plain_lines_elsewhere(tmp_path):
     console = Console(width=40, force_terminal=False, file=io.StringIO())
-    with Progress("rlhf", 20, console=console) as progress:
+    with RunLog(tmp_path).stage("rlhf", 20, console=console) as progress:
         for step in (5, 10, 15, 20):
             progress.update(row(step))
             if step % 10 == 0:
-                progress.epoch(
+                progress(
                     row(
                         step,
                         reward=0.5,

@@ -2,16 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .files import parse_row, whole
 
@@ -55,56 +52,33 @@ class RunLog:
     def stage(self, name: str, total: int, resume_step: int = 0, console: Console | None = None) -> Iterator["StageLog"]:
         """Log and progress of one stage of `total` updates, of which `resume_step` are already done."""
         self.rewind(name, resume_step)
-        with Progress(name, total, resume_step, console=console, main=self.main) as progress:
-            yield StageLog(self, name, progress)
+        log = StageLog(self, name, total, resume_step, console)
+        with log.bar:
+            yield log
 
 
-@dataclass(frozen=True)
 class StageLog:
-    run: RunLog
-    name: str
-    progress: "Progress"
+    """Rows of one stage; shown as a bar with metrics and the time left on a terminal, elsewhere as one line per epoch."""
 
-    def __call__(self, row: Row) -> None:
-        """One epoch is over."""
-        self.run.write(self.name, row)
-        self.progress.epoch(row)
-
-    def update(self, row: Row) -> None:
-        """One update is over."""
-        self.progress.update(row)
-
-
-class Progress:
-    """A bar with metrics and the time left on a terminal; elsewhere one line per epoch. Silent unless `main`."""
-
-    def __init__(
-        self, stage: str, total: int, done: int = 0, *, shown: Sequence[str] = SHOWN, console: Console | None = None, main: bool = True
-    ) -> None:
-        self.stage, self.shown = stage, shown
-        self.console = console or Console(quiet=not main)
+    def __init__(self, run: RunLog, stage: str, total: int, done: int = 0, console: Console | None = None) -> None:
+        self.run, self.stage = run, stage
+        self.console = console or Console(quiet=not run.main)
         wide = self.console.width >= 90
         middle: list[ProgressColumn] = [BarColumn(None), MofNCompleteColumn()] if wide else [TaskProgressColumn()]
         ending = TextColumn("{task.fields[metrics]}"), TextColumn("ETA"), TimeRemainingColumn()
         columns = TextColumn("{task.description}"), *middle, *ending
         self.room = self.console.width - len(stage) - (44 if wide else 21)
-        self.bar = Bar(*columns, console=self.console, expand=wide, disable=not (main and self.console.is_terminal))
+        self.bar = Progress(*columns, console=self.console, expand=wide, disable=not (run.main and self.console.is_terminal))
         self.task = self.bar.add_task(stage, total=total, completed=done, metrics="")
 
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
-
     def update(self, row: Row) -> None:
-        """Move the bar to `row["step"]` and show the row's metrics."""
-        self.bar.update(self.task, completed=row["step"], metrics=_brief(row, self.shown, self.room))
+        """One update is over: the bar moves to `row["step"]` and shows the row's metrics."""
+        self.bar.update(self.task, completed=row["step"], metrics=_brief(row, self.room))
 
-    def epoch(self, row: Row) -> None:
-        """Print a line that stays: the shown metrics and every held-out one."""
-        numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and (k in self.shown or k.startswith("val_"))]
+    def __call__(self, row: Row) -> None:
+        """One epoch is over: its row is kept, and a line stays with the metrics of the bar and every held-out one."""
+        self.run.write(self.stage, row)
+        numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and (k in SHOWN or k.startswith("val_"))]
         text = "  ".join([f"{self.stage} epoch {row['epoch']}", *numbers, *([row["stopped"]] if row.get("stopped") else [])])
         self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False, highlight=False)
 
@@ -122,10 +96,10 @@ def counter(what: str) -> Callable[[int, int], None]:
     return show
 
 
-def _brief(row: Row, shown: Sequence[str], room: int) -> str:
-    """As many of the `shown` metrics as fit into `room` characters."""
+def _brief(row: Row, room: int) -> str:
+    """As many of the metrics SHOWN as fit into `room` characters."""
     text = ""
-    for part in (f"{name} {row[name]:.3g}" for name in shown if name in row):
+    for part in (f"{name} {row[name]:.3g}" for name in SHOWN if name in row):
         if len(text) + len(part) + 1 > room:
             break
         text += f"{' ' if text else ''}{part}"
