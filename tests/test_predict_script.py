@@ -155,7 +155,7 @@ def test_settings_of_the_sampler(predict, pictures):
     ("setting", "line"),
     [
         ("stepz=3", "sampler.stepz=3: unknown key 'sampler.stepz'; did you mean 'sampler.steps'?"),
-        ("steps=0", "sampler.steps and sampler.candidates must be positive"),
+        ("steps=0", "sampler.steps=0: must be at least 1"),
         ("min_words=99", "sampler.min_words must not be more than data.max_words"),
         ("candidates=4", "sampler.candidates > 1 needs sampler.temperature > 0"),
     ],

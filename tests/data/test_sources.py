@@ -409,7 +409,7 @@ def test_no_more_is_fetched_than_the_splits_need(tmp_path: Path, server: tuple[s
     assert {key for split in ("train", "test") for key, _ in splits[split]} <= {f"{url}/t{i}" for i in range(11)}
     assert set(asked) == {*(f"/t{i}" for i in range(11)), *(f"/v{i}" for i in range(3))} and connections == [2, 2]
     assert len(list((tmp_path / "kept").glob("??/*"))) == 14
-    with pytest.raises(ConfigError, match=r"data\.downloads must be positive"):
+    with pytest.raises(ConfigError, match=r"data\.downloads=0: must be at least 1"):
         DataConfig(downloads=0)
 
 

@@ -200,5 +200,5 @@ def test_what_is_no_gpt2_is_one_clear_line(tmp_path: Path) -> None:
 def test_adapters_need_a_backbone() -> None:
     with pytest.raises(ConfigError, match=r"needs base\.backbone"):
         BaseConfig(lora_rank=4)
-    with pytest.raises(ConfigError, match="must not be negative"):
+    with pytest.raises(ConfigError, match="must be at least 0"):
         BaseConfig(backbone="gpt2", lora_rank=-1)

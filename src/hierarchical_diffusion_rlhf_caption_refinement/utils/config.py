@@ -88,12 +88,10 @@ class FitConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.epochs > 0 and self.batch_size > 0 and self.grad_accum > 0, "epochs, batch_size and grad_accum must be positive")
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        _require(0 <= self.warmup < 1, f"warmup is a share of all updates in [0, 1), got {self.warmup}")
-        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        _require(self.save_every > 0, "save_every must be positive")
+        self._at_least(1, "epochs batch_size grad_accum save_every")
         self._at_least(0, "epoch_size weight_decay max_grad_norm patience")
+        self._shares("warmup ema_decay")
+        _require(self.lr > 0, f"fit.lr={self.lr}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,8 @@ class DataConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.source == "scenes" or bool(self.path), f"data.path is needed for data.source={self.source}")
-        _require(self.max_words > 0, "data.max_words must be positive")
+        self._at_least(1, "max_words downloads")
         self._at_least(0, "train val test")
-        _require(self.downloads > 0, "data.downloads must be positive")
         _require(not (self.ratings and self.comparisons), "data.ratings and data.comparisons: the reward learns from one of them")
 
 
@@ -221,11 +218,11 @@ class BaseConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "width layers heads")
+        self._at_least(0, "lora_rank")
         self._shares("dropout image_dropout patch_dropout")
         _require(0 <= self.crops <= 5, f"base.crops={self.crops}: must be from 0 to 5")
         _require(0 <= self.left_to_right <= 1, f"base.left_to_right={self.left_to_right}: must be in [0, 1]")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
-        _require(self.lora_rank >= 0, "base.lora_rank must not be negative")
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
 
 
@@ -273,15 +270,12 @@ class SamplerConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.steps > 0 and self.candidates > 0, "sampler.steps and sampler.candidates must be positive")
+        self._at_least(1, "steps candidates min_words beams lengths")
+        self._at_least(0, "remask max_words temperature")
         _require(self.steps <= MOST_STEPS, f"sampler.steps={self.steps}: must be at most {MOST_STEPS}; a token takes no more than one")
-        _require(self.min_words > 0, "sampler.min_words must be positive")
-        self._at_least(0, "remask max_words")
         _require(not 0 < self.max_words < self.min_words, "sampler.max_words must not be less than sampler.min_words")
-        _require(self.temperature >= 0, "sampler.temperature must not be negative")
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
         _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
-        _require(self.beams > 0 and self.lengths > 0, "sampler.beams and sampler.lengths must be positive")
         drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask or self.threshold
         _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
         searched = self.beams > 1 or self.lengths > 1
@@ -351,9 +345,8 @@ class ShapingConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(min(self.clip_weight, self.preference_weight) >= 0, "shaping weights must not be negative")
+        self._at_least(0, "clip_weight preference_weight fade")
         _require(self.clip_weight + self.preference_weight > 0, "one of shaping.clip_weight and shaping.preference_weight must be positive")
-        _require(self.fade >= 0, "shaping.fade must not be negative")
         _require(not self.fade or self.preference_weight > 0, "shaping.preference_weight=0 needs shaping.fade=0: nothing would be left")
         _require(0 <= self.alpha_min <= self.alpha_max <= 1, "0 <= shaping.alpha_min <= shaping.alpha_max <= 1 must hold")
         potential = self.credit == "potential"
@@ -402,7 +395,7 @@ class RLHFConfig(Group):
         super().__post_init__()
         _require(self.group > 1, "rlhf.group must be at least 2: captions are compared within it")
         self._at_least(1, "steps inner_updates")
-        self._at_least(0, "kl kl_target anchor")
+        self._at_least(0, "kl kl_target anchor neighbours")
         _require(self.kl > 0 or not self.kl_target, "rlhf.kl=0: a weight of 0 cannot be raised to hold rlhf.kl_target; set that to 0, too")
         _require(self.steps <= MOST_STEPS, f"rlhf.steps={self.steps}: must be at most {MOST_STEPS}; a token takes no more than one")
         _require(self.clip > 0, f"rlhf.clip={self.clip}: must be positive")
@@ -410,7 +403,6 @@ class RLHFConfig(Group):
             self.order != "confidence",
             "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
         )
-        _require(self.neighbours >= 0, "rlhf.neighbours must not be negative")
         _require(self.temperature > 0, "rlhf.temperature must be positive: a greedy policy does not explore")
         _require(min(self.inner_updates, self.fit.grad_accum) == 1, "rlhf.inner_updates > 1 does not go with rlhf.fit.grad_accum > 1")
         _require(self.fit.save_every % self.inner_updates == 0, "rlhf.fit.save_every must be a multiple of rlhf.inner_updates")
