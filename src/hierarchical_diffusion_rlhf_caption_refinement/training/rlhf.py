@@ -278,18 +278,14 @@ def kl_guard(config: RLHFConfig, extra: dict[str, Any]) -> Stop:
 
 def alarms(now: dict[str, float], base: dict[str, float]) -> list[str]:
     """Signs of over-optimisation on held-out images, relative to the base model."""
-    found = []
-    if now["repetition"] > base["repetition"] + 0.05:
-        found.append("repetition")
-    if abs(now["mean_words"] / base["mean_words"] - 1) > 0.4:
-        found.append("length_drift")
-    if now["distinct_2"] < 0.5 * base["distinct_2"]:
-        found.append("narrow_vocabulary")
-    if now["bad_endings"] > base["bad_endings"] + 0.05:
-        found.append("bad_endings")
-    if now["entropy"] < 0.1 * base["entropy"]:
-        found.append("entropy_floor")
-    return found
+    signs = {
+        "repetition": now["repetition"] > base["repetition"] + 0.05,
+        "length_drift": abs(now["mean_words"] / base["mean_words"] - 1) > 0.4,
+        "narrow_vocabulary": now["distinct_2"] < 0.5 * base["distinct_2"],
+        "bad_endings": now["bad_endings"] > base["bad_endings"] + 0.05,
+        "entropy_floor": now["entropy"] < 0.1 * base["entropy"],
+    }
+    return [name for name, rings in signs.items() if rings]
 
 
 @torch.no_grad()
