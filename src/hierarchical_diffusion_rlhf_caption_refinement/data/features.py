@@ -68,20 +68,15 @@ def check_images(examples: Sequence[Example]) -> None:
             pass
 
 
-def _content(example: Example) -> bytes:
-    """Hash of the image's bytes, or of the scene."""
-    try:
-        data = example.content()
-    except OSError:
-        data = f"unreadable: {example.path or example.key}".encode()
-    return hashlib.sha256(data).digest()
-
-
 def cache_name(examples: Sequence[Example], fingerprint: str) -> str:
     """File name for these images, in this order, seen by the encoder of this fingerprint."""
     digest = hashlib.sha256(fingerprint.encode())
     for example in examples:
-        digest.update(_content(example))
+        try:
+            content = example.content()
+        except OSError:
+            content = f"unreadable: {example.path or example.key}".encode()
+        digest.update(hashlib.sha256(content).digest())
     return f"{digest.hexdigest()[:24]}.npy"
 
 
