@@ -116,8 +116,7 @@ class PretrainedVision:
         if pooled.shape[-1] != self._native_width:
             raise VisionError(f"{name}: pooled width {pooled.shape[-1]} differs from token width {self._native_width}")
         self.width = min(width or self._native_width, self._native_width)
-        projections = {kind: Projection(self._native_width, self.width) for kind in ("tokens", "pooled")}
-        self.projections: nn.ModuleDict | None = nn.ModuleDict(projections) if width else None
+        self.projections = nn.ModuleDict({kind: Projection(self._native_width, self.width) for kind in ("tokens", "pooled") if width})
         self._identity = identity(self.model, self.weights(), self.processor)
 
     @property
@@ -126,8 +125,8 @@ class PretrainedVision:
 
     @property
     def networks(self) -> nn.ModuleList:
-        """The backbone and, where there is one, the projection."""
-        return nn.ModuleList(part for part in (self.model, self.projections) if part is not None)
+        """The backbone and the projection."""
+        return nn.ModuleList([self.model, self.projections])
 
     def to(self, device: torch.device | str) -> None:
         self.networks.to(device)
@@ -145,7 +144,7 @@ class PretrainedVision:
 
     def fit_pca(self, images: Iterable[Image.Image]) -> None:
         """Sets the projection from training images, one for tokens and one for the pooled vector; a thousand images are plenty."""
-        if self.projections is None:
+        if not self.projections:
             return
         native = self._native_width
         sums = {kind: [0, torch.zeros(native).double(), torch.zeros(native, native).double()] for kind in self.projections}
@@ -162,18 +161,17 @@ class PretrainedVision:
         batch = BATCH if self.device.type == "cpu" else GPU_BATCH
         for start in range(0, len(images), batch):
             tokens, pooled = self._native(images[start : start + batch])
-            if self.projections is not None:
+            if self.projections:
                 tokens, pooled = self.projections["tokens"](tokens), self.projections["pooled"](pooled)
             parts.append(torch.cat([tokens, pooled[:, None]], dim=1))
         return torch.cat(parts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The projection; the backbone itself is found again by its name."""
-        return {} if self.projections is None else self.projections.state_dict()
+        return self.projections.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.projections is not None:
-            self.projections.load_state_dict(state)
+        self.projections.load_state_dict(state)
 
     def weights(self) -> dict[str, Tensor]:
         """The backbone's, without a pooler that the checkpoint lacks."""
