@@ -1,6 +1,5 @@
 """Checkpoint files: written whole or not at all, and read without running anything that is in them."""
 
-import contextlib
 import os
 import pickle
 import zipfile
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import whole
 
 FORMAT = 1
 
@@ -30,23 +31,16 @@ def save(path: str | Path, kind: str, payload: dict[str, Any]) -> None:
 
     Raises CheckpointError if the file cannot be written, for example because the disk is full.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole(Path(path)) as partial, partial.open("wb") as file:
             torch.save({"format": FORMAT, "kind": kind, "payload": dict(payload)}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch reports a failed write as a RuntimeError of its own
         if not isinstance(cause, OSError):
             raise
         raise CheckpointError(f"{path}: cannot be written: {cause.strerror or cause}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def load(path: str | Path, kind: str) -> Payload:

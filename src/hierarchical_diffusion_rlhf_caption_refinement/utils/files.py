@@ -12,11 +12,14 @@ from typing import Any
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to that replaces `path` in one go; a kill leaves a hidden file that the next attempt replaces."""
+    """A path to write to that replaces `path` in one go, or is removed; a kill leaves a hidden file that the next attempt replaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
