@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, GPT2Config, GPT2Model
+from transformers import AutoModel, GPT2Model
 
 from ..utils.config import ConfigError
 from .denoiser import DiffusionCaptionModel
@@ -33,11 +33,6 @@ def load_gpt2(name: str) -> GPT2Model:
     if wrong or config.n_inner not in (None, 4 * config.n_embd):
         raise ConfigError(f"base.backbone={name}: its blocks are not GPT-2's: {', '.join(wrong) or 'n_inner'}")
     return gpt2
-
-
-def shape_of(gpt2: GPT2Config) -> dict[str, int]:
-    """The settings of BaseConfig that make a denoiser of its shape."""
-    return {"width": gpt2.n_embd, "layers": gpt2.n_layer, "heads": gpt2.n_head}
 
 
 def denoiser_weights(state: dict[str, Tensor], vocabulary: int, max_length: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..utils.checkpoint import CheckpointError
 from ..utils.config import Config, ConfigError, Stage, config_from_plain, to_plain
 from .alignment import Alignment, AlignmentModel, PretrainedClip
 from .denoiser import DiffusionCaptionModel
-from .gpt2 import add_lora, load_gpt2, merged_weights, shape_of, start_from_gpt2
+from .gpt2 import add_lora, load_gpt2, merged_weights, start_from_gpt2
 from .reward import Evidence, RewardModel, Words
 from .vision import PatchEncoder, PretrainedVision, build_vision
 
@@ -79,7 +79,9 @@ def start_denoiser(eyes: Eyes) -> tuple[Eyes, DiffusionCaptionModel]:
     if not base.backbone:
         return eyes, build_denoiser(eyes, base.dropout)
     gpt2 = load_gpt2(base.backbone)
-    eyes = replace(eyes, config=replace(eyes.config, base=replace(base, **shape_of(gpt2.config))))
+    shape = gpt2.config
+    base = replace(base, width=shape.n_embd, layers=shape.n_layer, heads=shape.n_head)
+    eyes = replace(eyes, config=replace(eyes.config, base=base))
     model = build_denoiser(eyes, base.dropout)
     start_from_gpt2(model, gpt2)
     if base.lora_rank:
