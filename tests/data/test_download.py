@@ -119,8 +119,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_link_ends_as_an_image_or_a_reason(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "TIMEOUT_S", 1.0)
-    monkeypatch.setattr(downloads, "MAX_BYTES", 1000)
+    monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.data.images.TIMEOUT_S", 1.0)
+    monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.data.images.MAX_BYTES", 1000)
     reasons = {
         "red": "", "red?a b=é": "", "flaky": "", "none": "HTTP 404", "gone": "HTTP 410", "broken": "HTTP 500", "page": "not an image",
         "damaged": "not an image", "empty": "not an image", "cut": "connection failed", "slow": "timed out",

@@ -130,12 +130,13 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_fetch_image(server: str) -> None:
+def test_fetch_image(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_pixel(fetch_image(server + "/red.png")) == RED
+    monkeypatch.setattr("hierarchical_diffusion_rlhf_caption_refinement.data.images.MAX_BYTES", 1000)
     reasons = {"/page": "not an image", "/big": "larger than 1000 bytes", "/none": "404"}
     for path, reason in reasons.items():
         with pytest.raises(ImageError, match=reason) as error:
-            fetch_image(server + path, max_bytes=1000)
+            fetch_image(server + path)
         assert str(error.value).startswith(server + path)
     with pytest.raises(ImageError, match="not an http"):
         fetch_image("file:///etc/hostname")

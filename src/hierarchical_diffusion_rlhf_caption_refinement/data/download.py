@@ -21,7 +21,7 @@ from typing import TextIO
 
 from ..utils.files import whole
 from ..utils.runlog import counter
-from .images import MAX_BYTES, TIMEOUT_S, ImageError, fetch_bytes, load_image
+from .images import ImageError, fetch_bytes, load_image
 
 PER_HOST = 4
 """Connections to one host at a time."""
@@ -94,7 +94,7 @@ def _failure(url: str, error: Exception) -> Outcome:
 def _fetch(url: str, path: Path) -> Outcome:
     """Puts the image at `path`, whole or not at all."""
     try:
-        data = fetch_bytes(url, TIMEOUT_S, MAX_BYTES)
+        data = fetch_bytes(url)
         with _DECODING:
             load_image(data, url)
     except Exception as error:  # urllib, http.client, ssl and socket share no narrower class
@@ -214,8 +214,7 @@ def download(
                 good += not link.reason
                 if not link.known:
                     show(good, enough)
-                answered = answered or not (link.known or link.passing)
-                if not link.known:
+                    answered = answered or not link.passing
                     name = None if link.reason else image_file(Path(), link.url).as_posix()
                     unwritten.append(json.dumps({"url": link.url, "file": name, "error": link.reason, "passing": link.passing}) + "\n")
                 if answered:  # what a network that is down makes of links is not held against them

@@ -112,34 +112,34 @@ def load_image(source: str | Path | bytes, name: str = "image data") -> Image.Im
         raise image_error(name, error) from None
 
 
-def fetch_bytes(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYTES) -> bytes:
-    """Body behind an http(s) address, whole, within `timeout_s` seconds and `max_bytes`.
+def fetch_bytes(url: str) -> bytes:
+    """Body behind an http(s) address, whole, within TIMEOUT_S seconds and MAX_BYTES.
 
     Raises ValueError if it can never be had; else whatever urllib, http.client, ssl and socket raise.
     """
     if not url.lower().startswith(("http://", "https://")):
         raise ValueError("not an http(s) address")
-    deadline, data = time.monotonic() + timeout_s, bytearray()
+    deadline, data = time.monotonic() + TIMEOUT_S, bytearray()
     request = urllib.request.Request(urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~"), headers={"User-Agent": USER_AGENT})
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         promised = response.length or 0
-        while promised <= max_bytes and (chunk := response.read1(1 << 16)):
+        while promised <= MAX_BYTES and (chunk := response.read1(1 << 16)):
             data += chunk
-            if len(data) > max_bytes:
+            if len(data) > MAX_BYTES:
                 break
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not complete after {timeout_s:g} s")
-    if max(promised, len(data)) > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes")
+                raise TimeoutError(f"not complete after {TIMEOUT_S:g} s")
+    if max(promised, len(data)) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES} bytes")
     if len(data) < promised:
         raise http.client.IncompleteRead(bytes(data), promised - len(data))
     return bytes(data)
 
 
-def fetch_image(url: str, timeout_s: float = TIMEOUT_S, max_bytes: int = MAX_BYTES) -> Image.Image:
-    """RGB image behind an http(s) address, within `timeout_s` seconds and `max_bytes`. Raises ImageError."""
+def fetch_image(url: str) -> Image.Image:
+    """RGB image behind an http(s) address, within TIMEOUT_S seconds and MAX_BYTES. Raises ImageError."""
     try:
-        data = fetch_bytes(url, timeout_s, max_bytes)
+        data = fetch_bytes(url)
     except Exception as error:  # urllib, http.client, ssl and socket share no narrower class
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the response
