@@ -1,5 +1,6 @@
 """The model card of an exported captioner: what it is, how to use it, what was measured, and what it cannot do."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,14 +75,10 @@ def _numbers(numbers: Mapping[str, Any], kind: str) -> str:
     if win := numbers.get("win_rate"):
         lines += ["", f"Refined beats base on {_share(win)} of the test images, ties half."]
     if accuracy := numbers.get("reward", {}).get("accuracy"):
-        again = numbers["reward"].get("rater_agreement")
-        lines += ["", f"The reward model makes the choice of a held-out rater in {_share(accuracy)} of the pairs{_second(again)}."]
+        again = numbers["reward"].get("rater_agreement") or math.nan
+        second = "" if math.isnan(again) else f", a second rater in {again:.1%}"
+        lines += ["", f"The reward model makes the choice of a held-out rater in {_share(accuracy)} of the pairs{second}."]
     return "\n".join(lines)
-
-
-def _second(agreement: float | None) -> str:
-    known = agreement is not None and agreement == agreement
-    return f", a second rater in {agreement:.1%}" if known else ""
 
 
 def _share(row: Mapping[str, float]) -> str:
