@@ -99,15 +99,19 @@ def settled(device: torch.device) -> float:
 
 
 @dataclass(frozen=True)
-class Stopwatch(StageLog):
+class Stopwatch:
     """Takes the time between updates, and counts the operations of the last one, whose time it leaves out."""
 
+    log: StageLog
     device: torch.device
     last: int
     seconds: list[float] = field(default_factory=list)
     started: list[float] = field(default_factory=list)
     counter: FlopCounterMode = field(default_factory=lambda: FlopCounterMode(display=False))
     facts: Row = field(default_factory=dict)
+
+    def __call__(self, row: Row) -> None:
+        self.log(row)
 
     def update(self, row: Row) -> None:
         now = settled(self.device)
@@ -130,11 +134,11 @@ class Meter(RunLog):
         self.found: dict[str, Row] = {}
 
     @contextmanager
-    def stage(self, name: str, total: int, resume_step: int = 0, console: Console | None = None) -> Iterator[StageLog]:
+    def stage(self, name: str, total: int, resume_step: int = 0, console: Console | None = None) -> Iterator[Any]:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with super().stage(name, total, resume_step, console) as log:
-            watch = Stopwatch(log.run, log.name, log.progress, self.device, total)
+            watch = Stopwatch(log, self.device, total)
             yield watch
         found: Row = {
             "seconds_per_update": statistics.median(watch.seconds[WARM - 1 :]),
