@@ -250,7 +250,7 @@ def test_made_pairs_come_last_and_no_rater_of_the_report_s_images_is_learned_fro
     rows = recordings(world)
     config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
     config = replace(config, reward=replace(config.reward, repeats=0.2))
-    append_comparisons(tmp_path / "c.jsonl", rows)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in rows))
     found = recorded(config, world.denoiser(), world.corpora)
     for part in (found.train, found.val):
         who = [c.annotator for c in part.comparisons]
@@ -261,7 +261,7 @@ def test_made_pairs_come_last_and_no_rater_of_the_report_s_images_is_learned_fro
     (tmp_path / "c.jsonl").unlink()
     other = {"a": "b", "b": "a", "tie": "tie"}
     contrary = [replace(c, choice=other[c.choice]) if c.annotator == "two" and c.image in reported else c for c in rows]
-    append_comparisons(tmp_path / "c.jsonl", contrary)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in contrary))
     found = recorded(config, world.denoiser(), world.corpora)
     assert found.rater_agreement < 0.9 and found.smoothing == 0 and {c.image for c in found.test.comparisons} == reported
 
