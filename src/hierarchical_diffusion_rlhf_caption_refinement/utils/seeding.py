@@ -3,9 +3,8 @@
 import hashlib
 import os
 import platform
-import time
-from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -29,18 +28,7 @@ def seed_global(device: torch.device, seed: int, *key: object) -> None:
 
 def busy_cores(window_s: float = 0.5) -> float:
     """Cores' worth of work going on now; the load average would still count what ended a minute ago, an installation say."""
-
-    def ticks() -> tuple[int, int]:
-        user, nice, system, idle, wait, *_ = (int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
-        return user + nice + system, idle + wait
-
-    try:
-        before = ticks()
-        time.sleep(window_s)
-        busy, idle = (now - then for now, then in zip(ticks(), before, strict=True))
-    except OSError:  # not Linux
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return (os.cpu_count() or 1) * busy / max(busy + idle, 1)
+    return psutil.cpu_percent(window_s) / 100 * (psutil.cpu_count() or 1)
 
 
 def set_threads(threads: int) -> int:
