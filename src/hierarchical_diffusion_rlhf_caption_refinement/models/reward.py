@@ -78,6 +78,8 @@ class Reader(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Float[Tensor, "B T W"], valid: Bool[Tensor, "B T"], image: Float[Tensor, "N P W"]) -> Float[Tensor, "B Q"]:
+        longest = int(valid.sum(1).max())  # columns that are padding in every caption cost as much as words
+        hidden, valid = hidden[:, :longest], valid[:, :longest]
         mask = (valid[:, None] | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)).expand(len(valid), -1, -1)
         for block in self.blocks:
             hidden, _ = block(hidden, mask, cast(Block, block).crossattention.remember(image))
