@@ -39,7 +39,9 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Train the captioner, evaluate it, and write a report.")
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file, or the name of a shipped one; later ones win")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all", help="one stage only (default: all in order)")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run, on the same data and settings; complete stages are kept")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run, same data and settings; complete stages are kept"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="single settings, e.g. rlhf.fit.lr=1e-4")
     return parser
 
