@@ -16,11 +16,12 @@ from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.data.text import encode
+from hierarchical_diffusion_rlhf_caption_refinement.evaluation.card import model_card
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import build_alignment, build_denoiser, load_denoiser, save_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.models.vision import build_vision, to_pixels
 from hierarchical_diffusion_rlhf_caption_refinement.pretrained import CaptionRefiner
 from hierarchical_diffusion_rlhf_caption_refinement.utils.checkpoint import CheckpointError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import VisionConfig
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import Config, DataConfig, RLHFConfig, VisionConfig
 
 FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -126,6 +127,19 @@ def test_the_card_has_the_measured_table(smoke, exported):
     gold = summary["gold"]["rlhf"]
     assert f"| **refined** | **{gold['accuracy']:.3f}** | **{gold['specificity']:.3f}** |" in card
     assert f"in {summary['reward']['accuracy']['value']:.1%} (95 %:" in card and f"{summary['win_rate']['value']:.1%}" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "refined by reinforcement learning from the preferences of people."),
+        ({"sparse": "references"}, "refined by reinforcement learning from agreement with the training captions (CIDEr-D)."),
+        ({"sparse": "references", "method": "distil"}, "refined on the best captions that a search finds by agreement with the training"),
+    ],
+)
+def test_the_card_says_how_a_model_was_refined(settings, told):
+    config = Config(data=DataConfig(source="folder", path="photos"), rlhf=RLHFConfig(**settings))
+    assert told in model_card(config, "rlhf", 10, 20, {}) and "refined" not in model_card(config, "base", 10, 20, {})
 
 
 def test_transformers_reads_every_part(exported, scenes):
