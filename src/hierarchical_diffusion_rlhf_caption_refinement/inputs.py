@@ -1,6 +1,5 @@
 """What people hand to `predict`, as a list of images that are read one by one: files, folders, globs, lists, tables, tars, addresses."""
 
-import csv
 import os
 import re
 import sys
@@ -17,8 +16,8 @@ from urllib.parse import quote
 from PIL.Image import Image
 
 from .data.images import SUFFIXES, ImageError, fetch_image, find_images, is_image, load_image
+from .data.tables import load_pyarrow, read_table
 from .utils.config import ConfigError
-from .utils.files import parse_row
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "url", "image_url")
 """Columns of a table that may name the image; the first that is there does."""
@@ -137,14 +136,6 @@ def _tar(path: Path) -> Iterator[Item]:
         raise ConfigError(f"{path}: not an uncompressed tar: {' '.join(str(error).split())}") from None
 
 
-def load_pyarrow(where: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(f'{where}: parquet needs pyarrow: pip install "hierarchical-diffusion-rlhf-caption-refinement[data]"') from None
-    return pyarrow.parquet
-
-
 _one_reads = Lock()
 """Threads that want the same rows wait for the first one to read them."""
 
@@ -180,45 +171,28 @@ def _values(rows: Sequence[dict[str, Any]], wanted: str, path: Path, usual: Sequ
     return [next((row[c] for c in ([wanted] if wanted else usual) if c in row), None) for row in rows]
 
 
-def _holds_images(field: Any) -> bool:
-    return str(field.type).startswith(("struct", "binary", "large_binary"))
-
-
 def _parquet(path: Path, wanted: str) -> list[Item]:
     """Images that the file holds, as Hugging Face data sets do; none if it only names them."""
     file = load_pyarrow(path).ParquetFile(path)
     column = _column(file.schema_arrow.names, wanted, path)
-    if not _holds_images(file.schema_arrow.field(column)):
+    if not str(file.schema_arrow.field(column).type).startswith(("struct", "binary", "large_binary")):
         return []
     places = ((g, r) for g in range(file.num_row_groups) for r in range(file.metadata.row_group(g).num_rows))
     rows = [(f"{path}/{i}", i, g, r) for i, (g, r) in enumerate(places)]
     return [Item(name, Path(path.stem, f"{i}.png"), path, partial(_cell, path, g, column, r, name)) for name, i, g, r in rows]
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    if (row := parse_row(line)) is None:
-        raise ConfigError(f"{where} is not a JSON object")
-    return row
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """A table's rows, without images that it holds."""
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        file = load_pyarrow(path).ParquetFile(path)
-        columns = [field.name for field in file.schema_arrow if not _holds_images(field)]
-        return [row for group in range(file.num_row_groups) for row in file.read_row_group(group, columns).to_pylist()]
-    if kind == ".jsonl":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at the line ends that JSON leaves within a text
-        return [_object(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ","))
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in read_table(path):
+        if row is None:
+            raise ConfigError(f"{path}: line {number} is not a JSON object")
+        yield row
 
 
 def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
     """The images that a table names, relative to its folder, or holds; with `captions`, that column's (\"\": a usual one's) as drafts."""
     try:
-        items, rows = _parquet(path, wanted) if path.suffix.lower() == ".parquet" else [], _records(path)
+        items, rows = _parquet(path, wanted) if path.suffix.lower() == ".parquet" else [], list(_records(path))
         if not items:
             names = [str(value or "") for value in _values(rows, wanted, path)]
             listed = iter(_listed([name for name in names if name], path.parent))

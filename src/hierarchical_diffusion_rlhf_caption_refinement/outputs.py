@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from .data.images import SUFFIXES
-from .inputs import Item, load_pyarrow
+from .data.tables import load_pyarrow
+from .inputs import Item
 from .utils.config import ConfigError
 from .utils.files import whole
 

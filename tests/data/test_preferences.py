@@ -86,6 +86,20 @@ def test_comparisons_from_a_spreadsheet(tmp_path: Path) -> None:
         read_comparisons(path)
 
 
+def test_comparisons_from_other_tables(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    row = {"image": "dog.jpg", "a": "a dog", "b": "a cat", "choice": "a", "seconds": 2.5, "reasons": ["accuracy"]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    (tmp_path / "t.TSV").write_text("image\ta\tb\tchoice\tseconds\treasons\ndog.jpg\ta dog\ta cat\ta\t2.5\taccuracy\n")
+    for name, line in (("t.parquet", 1), ("t.TSV", 2)):
+        expected = Comparison(f"{name}:{line}", "dog.jpg", "a dog", "a cat", "a", seconds=2.5, reasons=("accuracy",))
+        assert read_comparisons(tmp_path / name) == [expected]
+    (tmp_path / "t.parquet").write_bytes(b"nonsense")
+    with pytest.raises(PreferenceError, match=r"t\.parquet: .*[Pp]arquet"):
+        read_comparisons(tmp_path / "t.parquet")
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

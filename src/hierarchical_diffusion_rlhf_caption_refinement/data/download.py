@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TextIO
 
-from ..utils.files import whole
+from ..utils.files import parse_row, whole
 from ..utils.runlog import counter
 from .images import ImageError, fetch_bytes, load_image
 
@@ -165,15 +165,6 @@ def _ask(links: Iterator[Outcome], folder: Path, enough: int, connections: int) 
                     yield outcome
 
 
-def _entry(line: str) -> tuple[str, str, bool] | None:
-    """Address, reason, and whether it may pass."""
-    try:
-        row = json.loads(line)
-        return row["url"], row["error"], row["passing"]
-    except (ValueError, KeyError, TypeError):  # a kill cut it short
-        return None
-
-
 def _read_log(log: TextIO) -> dict[str, str]:
     """Links that are not asked again, with the reason; the log is then ready for more lines."""
     last: dict[str, str] = {}
@@ -181,9 +172,9 @@ def _read_log(log: TextIO) -> dict[str, str]:
     line = "\n"
     log.seek(0)
     for line in log:
-        if entry := _entry(line):
-            url, last[url], passing = entry
-            tries[url] += 1 if passing else RUNS
+        if row := parse_row(line, "url", "error", "passing"):  # else a kill cut it short
+            last[row["url"]] = row["error"]
+            tries[row["url"]] += 1 if row["passing"] else RUNS
     if not line.endswith("\n"):
         log.write("\n")
     return {url: reason for url, reason in last.items() if reason and tries[url] >= RUNS}
@@ -192,7 +183,7 @@ def _read_log(log: TextIO) -> dict[str, str]:
 def logged(folder: Path) -> set[str]:
     """Addresses of which the folder's log tells what came of them."""
     with (folder / LOG).open(encoding="utf-8") as log:
-        return {entry[0] for entry in map(_entry, log) if entry}
+        return {row["url"] for line in log if (row := parse_row(line, "url", "error", "passing"))}
 
 
 def download(

@@ -13,8 +13,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from ..utils.config import ConfigError
 from ..utils.files import whole
 from ..utils.seeding import seed_of
+from .tables import read_table
 
 Side = Literal["a", "b"]
 Number = int | float
@@ -149,9 +151,9 @@ def append_comparisons(path: Path, comparisons: Iterable[Comparison]) -> None:
 
 
 def read_comparisons(path: Path) -> list[Comparison]:
-    """Comparisons of a JSONL or CSV file with at least image, a, b and choice; other columns may be there. Raises PreferenceError.
+    """Comparisons of a table with at least image, a, b and choice; other columns may be there. Raises PreferenceError.
 
-    In CSV an empty cell counts as absent, reasons are separated by semicolons, and provenance is left out.
+    In CSV and TSV an empty cell counts as absent, reasons are separated by semicolons, and provenance is left out.
     """
     return _read(path, lambda place, row: Comparison(**_fields(Comparison, {"id": place} | row)))
 
@@ -184,20 +186,12 @@ def _lines(rows: Iterable[Row]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and row; None for a line that is not JSON."""
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for cells in reader:
-                yield reader.line_num, {name: _cell(name, text) for name, text in cells.items() if name in CSV and text}
-        return
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, None
+def _rows(path: Path) -> Iterator[tuple[int, Row | None]]:
+    """Line number and row; the cells of a CSV or TSV in JSON's types."""
+    for number, row in read_table(path):
+        if row and path.suffix.lower() in (".csv", ".tsv"):
+            row = {name: _cell(name, text) for name, text in row.items() if name in CSV and text}
+        yield number, row
 
 
 def _cell(name: str, text: str) -> Any:
@@ -214,12 +208,14 @@ def _read(path: Path, parse: Callable[[str, Row], Record]) -> list[Record]:
     try:
         for number, row in _rows(path):
             try:
-                if not isinstance(row, dict):
+                if row is None:
                     raise PreferenceError("not a JSON object in UTF-8")
                 records.append(parse(f"{path.name}:{number}", row))
             except PreferenceError as error:
                 raise PreferenceError(f"{path}:{number}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (PreferenceError, ConfigError):
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         raise PreferenceError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return records
 

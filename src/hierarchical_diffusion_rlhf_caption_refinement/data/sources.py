@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import json
 import logging
 import os
 import posixpath
@@ -20,11 +19,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..utils.config import DataConfig
+from ..utils.config import ConfigError, DataConfig
+from ..utils.files import parse_row
 from ..utils.seeding import seed_of
 from .download import LOG, download, image_file, link_rot, logged
 from .images import SUFFIXES, ImageError, find_images, image_error, load_image
 from .scenes import Scene, Split, render, sample_scene, write_caption
+from .tables import read_table
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ALIASES: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -165,48 +166,21 @@ def _root(config: DataConfig) -> Path:
     return Path(config.images) if config.images else beside if beside.is_dir() else beside.parent
 
 
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return SourceError("not JSON in UTF-8")
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a CSV, Parquet or JSON lines file."""
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            yield from ((reader.line_num, row) for row in reader)
-    elif kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
-
-        yield from enumerate((row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1)
-    else:
-        with path.open("rb") as lines:
-            yield from ((number, _parse(line)) for number, line in enumerate(lines, 1) if line.strip())
-
-
 def _table(path: Path, root: Path, image: str, captions: str) -> Iterator[Row]:
     """Of a file with these columns, and perhaps `split`."""
     try:
-        for number, row in _records(path):
+        for number, row in read_table(path):
             where = f"{path}:{number}"
-            if isinstance(row, SourceError):
-                yield Row(where, problem=str(row))
-            elif not isinstance(row, dict) or not isinstance(row.get(image), str) or not row[image]:
+            if row is None:
+                yield Row(where, problem="not JSON in UTF-8, or no object")
+            elif not isinstance(row.get(image), str) or not row[image]:
                 yield Row(where, problem=f"expected an object with {image}, {captions} and perhaps split")
             else:
                 yield Row(where, posixpath.normpath(row[image]), row.get(captions), row.get("split"), root / row[image])
-    except ImportError:
-        raise SourceError(f'{path}: reading it needs pyarrow: pip install ".[data]"') from None
+    except ConfigError as error:
+        raise SourceError(str(error)) from None
     except (ValueError, csv.Error) as error:
         raise SourceError(f"{path}: {error}") from None
-
-
-def _jsonl(config: DataConfig) -> Iterator[Row]:
-    return _table(Path(config.path), _root(config), "image", "captions")
 
 
 def _folder(config: DataConfig) -> Iterator[Row]:
@@ -238,8 +212,8 @@ def _imagefolder(config: DataConfig) -> Iterator[Row]:
 def _coco(config: DataConfig) -> Iterator[Row]:
     """Karpathy's dataset_*.json, captions and split in each image, or COCO's captions_*.json with annotations, the split in its name."""
     for file in _files(config.path, "dataset_*.json", "captions_*.json"):
-        content, captions, root = _parse(file.read_bytes()), defaultdict(list), _root(config)
-        if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        content, captions, root = parse_row(file.read_bytes(), "images"), defaultdict(list), _root(config)
+        if content is None or not isinstance(content["images"], list):
             raise SourceError(f"{file}: expected an object with images")
         if not isinstance(notes := content.get("annotations", []), list):
             raise SourceError(f"{file}: annotations: expected a list")
@@ -269,8 +243,7 @@ def _part(path: Path, offset: int, size: int) -> bytes:
 
 def _sample(file: Path, name: str, key: str, parts: dict[str, Callable[[], bytes]]) -> Row:
     """Of the members of a tar, here called `name`, whose names differ in the suffix alone."""
-    facts = _parse(parts["json"]()) if "json" in parts else {}
-    facts = facts if isinstance(facts, dict) else {}
+    facts = (parse_row(parts["json"]()) if "json" in parts else None) or {}
     text = parts["txt"]().decode(errors="replace") if "txt" in parts else facts.get("caption") or ""
     read = next((read for suffix, read in parts.items() if f".{suffix}" in SUFFIXES), None)
     told = [str(facts[name]) for name in ("status", "error_message") if facts.get(name)]
@@ -294,8 +267,8 @@ def _webdataset(config: DataConfig) -> Iterator[Row]:
             yield Row(str(file), problem=f"{error}; what comes before is used")
         name = _name(file.with_suffix(""), _top(config.path))
         yield from (_sample(file, name, key, parts) for key, parts in samples.items())
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            counted = json.loads(file.with_name(f"{file.stem}_stats.json").read_bytes()).get("status_dict", {})
+        with contextlib.suppress(OSError, AttributeError):
+            counted = (parse_row(file.with_name(f"{file.stem}_stats.json").read_bytes()) or {}).get("status_dict", {})
             links.update({"" if status == "success" else status: number for status, number in counted.items()})
     if links:
         logging.getLogger(__name__).warning("%s: %s", config.path, link_rot(links))
@@ -415,7 +388,7 @@ def _hub(config: DataConfig) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[DataConfig], Iterator[Row]]] = {
-    "jsonl": _jsonl,
+    "jsonl": lambda config: _table(Path(config.path), _root(config), "image", "captions"),
     "folder": _folder,
     "imagefolder": _imagefolder,
     "coco": _coco,
