@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2Model
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
 from hierarchical_diffusion_rlhf_caption_refinement.data.download import image_file
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, append_comparisons
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene, write_caption
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.state import TrainState
@@ -114,7 +115,7 @@ def collection(folder: Path) -> None:
     for name, part in {"Train_GCC-training.tsv": rows[:VAL], "Validation_GCC-1.1.0-Validation.tsv": rows[VAL:]}.items():
         (folder / "table").mkdir(exist_ok=True)
         (folder / "table" / name).write_text("".join("\t".join(row) + "\n" for row in part), encoding="utf-8")
-    append_comparisons(folder / "comparisons.jsonl", compared)
+    (folder / "comparisons.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in compared))
     captions = [caption for caption, _ in rows]
     save_gpt2(folder / "gpt2", captions)
     save_clip(folder / "clip", captions)
@@ -246,7 +247,7 @@ def test_comparisons_of_other_images_are_an_error_in_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run)
-    append_comparisons(tmp_path / "few.jsonl", [Comparison("0", "https://example.org/other.png", "a star", "a ring", "a")])
+    (tmp_path / "few.jsonl").write_text(json.dumps(asdict(Comparison("0", "https://example.org/other.png", "a star", "a ring", "a"))))
     capsys.readouterr()
     assert train_on(run, "run=few", f"data.comparisons={tmp_path / 'few.jsonl'}", stage="reward") == 1
     reason = "no comparison of the data set's images that would be for train, val, test"

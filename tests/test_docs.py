@@ -19,13 +19,14 @@ import tomllib
 import venv
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, append_comparisons
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
@@ -110,7 +111,7 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["image,a,b,choice", *(f"{i:03}.png,a star,a ring on sand,{'ab'[i % 2]}" for i in range(40))]
     (folder / "taste.csv").write_text("\n".join(rows))
     (folder / "taste.yaml").write_text(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
-    append_comparisons(folder / "comparisons.jsonl", [Comparison("x", "0.jpg", "a star", "a ring", "a")])
+    (folder / "comparisons.jsonl").write_text(json.dumps(asdict(Comparison("x", "0.jpg", "a star", "a ring", "a"))))
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.adapters.trl import export_preferences, preference_reward
 from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner
-from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, PreferenceError, append_comparisons, from_trl
+from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import Comparison, PreferenceError, from_trl
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene
 
 
@@ -31,7 +32,7 @@ def recorded(tmp_path: Path) -> Path:
         render(sample_scene(9, "test", i)).save(path)
     rows = [("0.png", "a", "a"), ("0.png", "b", "b"), ("more/1.png", "c", "a"), ("more/1.png", "d", "tie")]
     found = [Comparison(id_, image, f"good {id_}", f"bad {id_}", choice) for image, id_, choice in rows]  # type: ignore[arg-type]
-    append_comparisons(tmp_path / "comparisons.jsonl", found)
+    (tmp_path / "comparisons.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in found))
     return tmp_path
 
 
@@ -83,7 +84,7 @@ def test_an_export_can_be_repeated(recorded, tmp_path):
 
 @pytest.mark.parametrize("name", ["gone.png", "../images/0.png"])
 def test_an_image_that_is_not_there_is_named(recorded, tmp_path, name):
-    append_comparisons(tmp_path / "bad.jsonl", [Comparison("x", name, "a", "b", "a")])
+    (tmp_path / "bad.jsonl").write_text(json.dumps(asdict(Comparison("x", name, "a", "b", "a"))))
     with pytest.raises(PreferenceError, match=f"^{name}: no such image in "):
         export_preferences(tmp_path / "bad.jsonl", recorded / "images", tmp_path / "out")
 

@@ -13,7 +13,6 @@ from hierarchical_diffusion_rlhf_caption_refinement.data.preferences import (
     OWN_CAPTION,
     Comparison,
     Rating,
-    append_comparisons,
     flip,
     to_trl,
 )
@@ -176,7 +175,8 @@ def test_what_is_said_of_no_image_of_the_data_set_is_counted(world: Any, tmp_pat
     def images(found: comparisons.Judgements) -> Counter[str]:
         return Counter(c.image for part in (found.train, found.val, found.test) for c in part.comparisons)
 
-    append_comparisons(tmp_path / "c.jsonl", [comparison(i, "a", image=image) for i, image in enumerate(asked)])
+    said = [comparison(i, "a", image=image) for i, image in enumerate(asked)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in said))
     config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
     assert images(recorded(config, model, {"val": corpus})) == {"val/0": 2, "val/1": 1, "val/2": 1}
     assert caplog.messages == ["2 of 6 comparisons name no image of the data set"]
@@ -195,7 +195,7 @@ def test_a_choice_between_captions_that_are_one_to_the_model_is_left_out(
     same.append(("star " * corpus.max_words + "a", "star " * corpus.max_words + "red"))
     rows = [comparison(i, choice, a=a, b=b) for i, (a, b) in enumerate(same) for choice in ("a", "b", "tie")]
     different = [comparison(i, "a", image=f"val/{i}") for i in range(8)]
-    append_comparisons(tmp_path / "c.jsonl", [*rows, *different])
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in [*rows, *different]))
     data, reward = replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")), replace(world.config.reward, comparisons=0)
     found = recorded(replace(world.config, data=data, reward=reward), world.denoiser(), {"val": corpus})
     kept = [c for part in (found.train, found.val, found.test) for c in part.comparisons]
@@ -210,7 +210,8 @@ def test_a_choice_between_captions_that_are_one_to_the_model_is_left_out(
 
 
 def test_how_many_of_peoples_comparisons_are_used_is_told(world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    append_comparisons(tmp_path / "c.jsonl", [comparison(i, "a", image=f"train/{i}") for i in range(24)])
+    said = [comparison(i, "a", image=f"train/{i}") for i in range(24)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in said))
     config = replace(world.config, data=replace(world.config.data, comparisons=str(tmp_path / "c.jsonl")))
     for most in (0, 24, 5):
         found = recorded(replace(config, reward=replace(config.reward, comparisons=most)), world.denoiser(), world.corpora)
@@ -228,7 +229,7 @@ def recordings(world: Any) -> list[Comparison]:
 
 def test_recorded_comparisons_are_of_images_of_any_split_and_split_by_image(world: Any, tmp_path: Path) -> None:
     path, rows = tmp_path / "comparisons.jsonl", recordings(world)
-    append_comparisons(path, rows)
+    path.write_text("".join(json.dumps(asdict(c)) + "\n" for c in rows))
     config = replace(world.config, data=replace(world.config.data, comparisons=str(path)))
     found = recorded(config, world.denoiser(), world.corpora)
     parts = [found.train, found.val, found.test]

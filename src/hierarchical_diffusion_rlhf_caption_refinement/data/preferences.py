@@ -1,14 +1,13 @@
-"""What people said about captions: comparisons of two, and ratings turned into such; read, appended, split by image, exchanged with TRL."""
+"""What people said about captions: comparisons of two, and ratings turned into such; read, split by image, exchanged with TRL."""
 
 import csv
 import json
-import os
 import random
 import reprlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -103,15 +102,15 @@ def split_by_image(
     return splits
 
 
-def ratings_to_comparisons(ratings: Iterable[Rating], seed: int = 0, drop_own: bool = True, per_image: int = 10) -> list[Comparison]:
+def ratings_to_comparisons(ratings: Iterable[Rating], seed: int = 0, per_image: int = 10) -> list[Comparison]:
     """Pairs of captions of one image that one source rated, the sides at random; equal means are a tie, of yes/no votes close ones, too.
 
     At most `per_image` pairs of an image and source, at most a third of them ties, which would drown the rest where most ratings are equal.
-    `drop_own` leaves out the image's own references, which anything that compares with references prefers for nothing.
+    The image's own references are left out: anything that compares with references prefers them for nothing.
     """
     groups: dict[tuple[str, str], list[Rating]] = defaultdict(list)
     for rating in ratings:
-        if not (drop_own and rating.origin == OWN_CAPTION):
+        if rating.origin != OWN_CAPTION:
             groups[rating.source, rating.image].append(rating)
     return [c for (source, image), group in groups.items() for c in _pairs(group, f"{source}/{image}", seed, per_image)]
 
@@ -137,19 +136,6 @@ def _compared(name: str, a: Rating, b: Rating, gap: float, margin: float) -> Com
 # --- Files
 
 
-def append_comparisons(path: Path, comparisons: Iterable[Comparison]) -> None:
-    """Add one JSON line per comparison; they are on the disk on return. A line torn by an earlier crash is closed, not joined."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = _lines(map(asdict, comparisons))
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else b"\n" + text
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_comparisons(path: Path) -> list[Comparison]:
     """Comparisons of a table with at least image, a, b and choice; other columns may be there. Raises PreferenceError.
 
@@ -173,17 +159,13 @@ def to_trl(comparisons: Iterable[Comparison], path: Path, prompt: str = PROMPT) 
     said = [[[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in (c.a, c.b)] for c in won]
     rows = ({"file_names": [c.image], "prompt": asked, "chosen": a, "rejected": b, "id": c.id} for c, (a, b) in zip(won, said, strict=True))
     with whole(path) as partial:
-        partial.write_bytes(_lines(rows))
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(won)
 
 
 def from_trl(path: Path) -> list[Comparison]:
     """Comparisons of such a file: file_names, chosen, rejected; a hash decides which of the two is a. Raises PreferenceError."""
     return _read(path, _trl)
-
-
-def _lines(rows: Iterable[Row]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row | None]]:
