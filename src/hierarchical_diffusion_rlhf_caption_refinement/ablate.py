@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
+from .utils.command import AGAIN, ANEW, at_least, find_config, guarded, refuse
 from .utils.config import ConfigError
 from .utils.files import write_json
 from .utils.grid import Grid, Job, read_grid
@@ -21,16 +21,10 @@ Exit codes: 0 done, 1 failed (all arms that were to do), 2 wrong usage, 3 done b
 """
 
 
-def not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
-
-
 def ablate_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Train the arms of a grid, and compare them.", epilog=CODES)
     parser.add_argument("grid", type=Path, help="YAML file, for example configs/ablations/arms.yaml")
-    parser.add_argument("--jobs", type=not_negative, default=2, help="processes of one thread each (default: 2); 0: in this process")
+    parser.add_argument("--jobs", type=at_least(0), default=2, help="processes of one thread each (default: 2); 0: in this process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the grid's")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="regime/arm/seed, e.g. 'few/*/0'; what they need is done, too")
     parser.add_argument("--base-from", default="", metavar="FOLDER", help="where it exists: alignment and base models; {seed} is the seed")
@@ -56,11 +50,7 @@ def _ablate(args: argparse.Namespace) -> int:
             grid.check()
             command = [sys.executable, "-m", __name__, str(args.grid), "--jobs", "0", "--output", str(output)]
             command += ["--seeds", *map(str, grid.seeds), *(["--base-from", args.base_from] if args.base_from else [])]
-            try:
-                code = exit_code(chosen, run_all(grid, chosen, command, args.jobs, output))
-            except KeyboardInterrupt:
-                print("interrupted; the same command goes on from here", file=sys.stderr)
-                return 130
+            code = exit_code(chosen, run_all(grid, chosen, command, args.jobs, output))
         else:
             from .training.ablation import run_job
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .ablate import ablate, ablate_parser
-from .utils.command import AGAIN, ANEW, find_config, guarded, refuse
+from .utils.command import AGAIN, ANEW, at_least, find_config, guarded, refuse
 from .utils.config import STAGES, Config, ConfigError, Stage, load_config, to_plain
 from .utils.files import reserved, write_json
 from .utils.runlog import RunLog
@@ -217,12 +217,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 INPUTS = """
 Images: files, folders (-r: with theirs), quoted globs, http(s) addresses, uncompressed .tar, lists of names (@FILE; - is standard input),
 tables (.jsonl .csv .tsv .parquet; names relative to the table). What looks like key=value and is no file is a setting of the sampler,
@@ -266,17 +260,17 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
     add("--sidecar-name", choices=["stem", "full"], default="stem", help="a.txt or a.jpg.txt")
     add("--shard", metavar="I/N", help="only every N-th image, beginning with the I-th: 1/4, ..., 4/4")
     add("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
-    add("--batch-size", type=positive, default=32, help="images captioned together: speed for memory")
-    add("--steps", type=positive, help="denoising steps")
+    add("--batch-size", type=at_least(1), default=32, help="images captioned together: speed for memory")
+    add("--steps", type=at_least(1), help="denoising steps")
     add("--threshold", type=float, help="reveal every token that is at least this confident at once")
     add(
         "--candidates",
-        type=positive,
+        type=at_least(1),
         metavar="N",
         help=f"captions drawn per image, at temperature={DRAWN} unless set; the best by reward stays",
     )
-    add("--min-words", type=positive, default=1, help="whole sentences of at least so many words (min_words= counts tokens)")
-    add("--max-words", type=positive, default=0, help="whole sentences of at most so many words")
+    add("--min-words", type=at_least(1), default=1, help="whole sentences of at least so many words (min_words= counts tokens)")
+    add("--max-words", type=at_least(1), default=0, help="whole sentences of at most so many words")
     add("--must-include", action="append", default=[], metavar="WORDS", help="a phrase that every caption contains; repeatable")
     add("--ban", action="append", default=[], metavar="WORDS", help="a word or phrase that no caption contains; repeatable")
     add("--template", default="", help="'a photo of [MASK] on [MASK]': each [MASK] becomes one or more words, as many as are likeliest")

@@ -35,6 +35,17 @@ def guarded(command: Callable[[], int], interrupted: str) -> int:
         return 1
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For `type=` of an argument."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return value
+
+    return number
+
+
 def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str, why: str) -> None:
     """Wrong usage where a flag was given that would be ignored."""
     if given := [name for name in names.split() if getattr(args, name) != parser.get_default(name)]:
