@@ -26,7 +26,7 @@ from .inputs import Item, missed
 from .outputs import DRAFT_FIELDS, FIELDS, LISTS, LOG_NAME, Output, Row, beside, joined, logs_of, read_text, write_table, write_text
 from .repair import Repair
 from .utils.config import ConfigError, SamplerConfig
-from .utils.files import parse_row
+from .utils.files import alone, parse_row
 from .utils.interrupt import deferred_interrupts
 
 AHEAD = 4
@@ -285,7 +285,7 @@ class Batch:
     def finish(self, before: int, counted: Sequence[Item], stopped: bool = False) -> Result:
         """Make the table, and the list of failures, of what all shards have so far; tell about these images."""
         keys, good, errors, failures = {item.key for item in counted}, 0, [], []
-        with _alone_in(self.log.path.parent):  # so that the last one to come here sees all rows
+        with alone(self.log.path.parent):  # so that the last one to come here sees all rows
             self.log.read()
             if self.output.format != "txt":
                 write_table(self.output, self.work.fields, self.rows())
@@ -318,17 +318,6 @@ class Batch:
 def by_number(key: tuple[str, str]) -> tuple[str, tuple[str, str]]:
     """For sorting: t.parquet/9 comes before t.parquet/10, so rows are read as they lie in the file."""
     return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), key[0]), key
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

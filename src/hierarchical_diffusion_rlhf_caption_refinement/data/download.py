@@ -1,6 +1,5 @@
 """Images behind addresses -> files: many at a time, few per host, resumable; dead links are recorded with their reason."""
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -19,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TextIO
 
-from ..utils.files import parse_row, whole
+from ..utils.files import alone, parse_row, whole
 from ..utils.runlog import counter
 from .images import ImageError, fetch_bytes, load_image
 
@@ -196,8 +195,7 @@ def download(
     """
     folder.mkdir(parents=True, exist_ok=True)
     show, results, unwritten, answered, good = on_progress or counter("images fetched:"), dict[str, str](), list[str](), False, 0
-    with (folder / "downloads.lock").open("wb") as lock, (folder / LOG).open("a+", encoding="utf-8") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when this process dies
+    with alone(folder / "downloads.lock"), (folder / LOG).open("a+", encoding="utf-8") as log:
         links = _look_up(urls, folder, _read_log(log))
         with closing(_ask(links, folder, enough, connections)) as outcomes:
             for link in outcomes:

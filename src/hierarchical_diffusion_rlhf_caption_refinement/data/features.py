@@ -3,7 +3,6 @@
 Axes: N examples, P image tokens, D width.
 """
 
-import fcntl
 import hashlib
 import io
 import os
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..utils.files import alone
 from ..utils.runlog import counter
 from .images import ImageError
 from .sources import Example
@@ -142,8 +142,7 @@ def load_features(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / cache_name(examples, fingerprint)
     if not final.exists():
-        with final.with_suffix(".lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when this process dies
+        with alone(final.with_suffix(".lock")):
             if not final.exists():
                 _compute(final.with_suffix(".partial"), examples, encode, on_progress or counter("image features:"))
                 os.replace(final.with_suffix(".partial"), final)

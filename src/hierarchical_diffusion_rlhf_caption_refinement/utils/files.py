@@ -34,6 +34,17 @@ def reserved(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time has this file, which is made, or this folder; others wait. The system frees it when the process dies."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def fingerprint(files: Iterable[Path], *values: object) -> str:
     """Of the content of files and of values, as they are printed."""
     digest = hashlib.sha256(repr(values).encode())
