@@ -121,6 +121,16 @@ def test_a_caption_does_not_depend_on_its_batch_and_keeps_to_bounds_and_bans(toy
         assert beam_search(model, images[i : i + 1], plan, banned).x0.equal(found.x0[i : i + 1])
 
 
+def test_bounds_make_no_caption_likelier(toy: Toy):
+    """Both readings are of the model's own lengths, so that the left one does not favour the short (its sum is divided by the length)."""
+    for seed in range(12, 20):
+        model, image = toy(seed=seed), torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed))
+        short = all_captions(2)
+        worth = (per_token(model, short, image) + per_token(model, short, image, from_right=True)) / 2
+        found = beam_search(model, image, wide(25, 5, both_ways=True, max_words=2))
+        assert found.x0[0, : found.length[0]].tolist() == short[int(worth.argmax())]
+
+
 def test_the_plan_decides_who_decodes_and_given_words_are_kept(toy: Toy):
     model, images = toy(seed=13), torch.randn(2, 3, 4)
     noise = noise_for(range(2), 1, 4, 5, 0)

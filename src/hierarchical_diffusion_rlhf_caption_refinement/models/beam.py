@@ -54,9 +54,9 @@ def beam_search(
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
     lengths = bounded_length_logp(memory.length_logits, plan.min_words, min(plan.max_words, model.max_length))
-    tried = lengths.topk(min(plan.lengths, model.max_length), 1).indices
-    as_likely = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths and make none likelier
-    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, as_likely))
+    bounded, tried = lengths.topk(min(plan.lengths, model.max_length), 1)
+    free = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths, and make none likelier
+    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free.where(bounded.isfinite(), -torch.inf)))
     x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
     total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one
     cache = Cache.empty(len(model.h), len(length), image.device)
