@@ -3,7 +3,6 @@
 Axes: B images, P image tokens, D width, C native width of a backbone, H and W pixels.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
+from ..utils.checkpoint import digest
 from ..utils.config import VisionConfig
 
 BATCH = 2
@@ -33,19 +33,10 @@ class VisionError(ValueError):
     """A vision backbone that cannot be used; the message is one line with its name and the reason."""
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]], *more: str) -> str:
-    """Hash of named tensors and texts."""
-    digest = hashlib.sha256(json.dumps(more).encode())
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def identity(model: nn.Module, weights: dict[str, Tensor], processor: Any) -> str:
     """Hash of a pretrained model and of how it wants its images, whatever its directory is called."""
     settings = {key: str(value) for key, value in processor.to_dict().items() if not key.endswith(("_type", "_class"))}
-    return _digest(weights.items(), type(model).__name__, json.dumps(settings, sort_keys=True))
+    return digest(weights.items(), type(model).__name__, json.dumps(settings, sort_keys=True))
 
 
 @contextmanager
@@ -184,7 +175,7 @@ class PretrainedVision:
 
     def fingerprint(self) -> str:
         """Hash of weights, preprocessing and projection: equal fingerprints, equal tokens."""
-        return _digest(self.state_dict().items(), self._identity)
+        return digest(self.state_dict().items(), self._identity)
 
 
 class Block(nn.Module):
@@ -237,7 +228,7 @@ class PatchEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of the weights: equal fingerprints, equal tokens."""
-        return _digest(self.state_dict().items(), str(self.patch_size))
+        return digest(self.state_dict().items(), str(self.patch_size))
 
 
 def build_vision(config: VisionConfig) -> PretrainedVision | PatchEncoder:

@@ -151,7 +151,7 @@ class Pipeline:
     def holding(self, *built_on: Path, **more: Any) -> Run:
         """The run, held to the data set, to these checkpoints and to `more` when it is resumed."""
         told = {split: [(e.key, e.captions) for e in self.examples[split]] for split in ("train", "val")}
-        given = {"the data set": fingerprint([], told)} | {path.name: fingerprint([path]) for path in built_on}
+        given = {"the data set": fingerprint([], told)} | {path.name: checkpoint.weights_digest(path) for path in built_on}
         return replace(self.run, given=given | {name: fingerprint([], value) for name, value in more.items()})
 
     def begin(self, stage: Stage) -> None:

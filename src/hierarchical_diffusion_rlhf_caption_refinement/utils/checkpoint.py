@@ -1,12 +1,16 @@
 """Checkpoint files: written whole or not at all, and read without running anything that is in them."""
 
+import hashlib
+import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .files import whole
 
@@ -57,6 +61,21 @@ def load(path: str | Path, kind: str) -> Payload:
     payload = Payload(saved["payload"])
     payload.path = Path(path)
     return payload
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], *more: str) -> str:
+    """Hash of named tensors and texts."""
+    found = hashlib.sha256(json.dumps(more).encode())
+    for name, tensor in tensors:
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def weights_digest(path: str | Path) -> str:
+    """Of a checkpoint's weights alone, not of the times and figures beside them. Raises CheckpointError."""
+    parts = [(name, part) for name, part in load(path, kind_of(path)).items() if isinstance(part, dict)]
+    return digest((f"{name}.{key}", value) for name, part in parts for key, value in part.items() if isinstance(value, Tensor))[:16]
 
 
 def kind_of(path: str | Path) -> str:
