@@ -209,7 +209,7 @@ def same_eyes(one: Eyes, other: Eyes) -> bool:
     """Whether they see alike and spell alike."""
     a, b = ((e.tokenizer.get_vocab(), e.vision.fingerprint(), e.config.alignment.pretrained, e.config.data.max_words) for e in (one, other))
     mine, theirs = (eyes_payload(eyes)["alignment"] for eyes in (one, other))
-    return a == b and mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return a == b and mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
 
 
 def reward_beside(captioner: Path, eyes: Eyes, words: Words) -> tuple[Path, RewardModel] | None:
