@@ -46,8 +46,6 @@ CENTRED = 200
 """Captions of the base model's that give the reward its zero and its unit, at least."""
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
-
-
 READ: dict[Stage, tuple[str, ...]] = {
     "alignment": ("seed", "data", "vision", "alignment"), "base": ("seed", "data", "base"), "reward": ("seed", "data", "reward"),
     "rlhf": ("seed", "data", "shaping", "rlhf"),
@@ -55,6 +53,8 @@ READ: dict[Stage, tuple[str, ...]] = {
 """Groups of the config that a kept stage must have been trained with."""
 WHERE = ("data.path", "data.images", "data.downloads")
 """Where the data lie may change."""
+FETCHED = ("conceptual_captions", "hub")
+"""Sources of links, of which some answer tomorrow and not today: training goes on with a few images more or less."""
 
 
 class MissingStage(ValueError):
@@ -150,9 +150,10 @@ class Pipeline:
 
     def holding(self, *built_on: Path, **more: Any) -> Run:
         """The run, held to the data set, to these checkpoints and to `more` when it is resumed."""
-        told = {split: [(e.key, e.captions) for e in self.examples[split]] for split in ("train", "val")}
-        given = {"the data set": fingerprint([], told)} | {path.name: checkpoint.weights_digest(path) for path in built_on}
-        return replace(self.run, given=given | {name: fingerprint([], value) for name, value in more.items()})
+        if self.run.config.data.source not in FETCHED:
+            more["the data set"] = [(split, e.key, e.captions) for split in ("train", "val") for e in self.examples[split]]
+        given = {name: fingerprint([], value) for name, value in more.items()}
+        return replace(self.run, given=given | {path.name: checkpoint.weights_digest(path) for path in built_on})
 
     def begin(self, stage: Stage) -> None:
         """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights, or told of them."""
