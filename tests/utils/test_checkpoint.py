@@ -148,3 +148,11 @@ def test_unsaveable_payload_is_the_caller_s_error_and_leaves_nothing(tmp_path):
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save(tmp_path / "a.pt", "base", {"f": lambda: 0})
     assert os.listdir(tmp_path) == []
+
+
+def test_the_digest_is_of_the_weights_alone(tmp_path):
+    path, found = tmp_path / "a.pt", []
+    for weight, seconds in ((1.0, 3), (1.0, 4), (2.0, 4)):
+        checkpoint.save(path, "base", {"model": {"w": torch.full((2,), weight)}, "facts": {"seconds": seconds}})
+        found.append(checkpoint.weights_digest(path))
+    assert found[0] == found[1] != found[2]
