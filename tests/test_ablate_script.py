@@ -8,6 +8,7 @@ import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement.ablate import ablate, exit_code, run_all, to_do
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
 from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
@@ -46,6 +47,11 @@ def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path
     assert (alone / "best_reward_model.pt").exists() and not (alone / "last_rlhf.pt").exists()
     assert not Path("models/ablation/toy/few/sparse_only/0/best_reward_model.pt").exists()
 
+    with reserved(Path("results/ablation/toy/few/sparse_only/0/lock")):  # another grid's process is at it
+        Path("out/few/sparse_only/0.json").rename("record.json")
+        assert ablate([*command, "--only", "few/sparse_only/0"]) == 1
+        assert "error: another run is writing results/ablation/toy/few/sparse_only/0" in capsys.readouterr().err
+        Path("record.json").rename("out/few/sparse_only/0.json")
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")}
     assert ablate(command) == 0 and {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")} == before
     grid.write_text(GRID.replace("rlhf.fit.epochs: 1", "rlhf.fit.epochs: 1, shaping.fade: 0.7"))  # as a new default would do

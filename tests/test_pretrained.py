@@ -135,6 +135,7 @@ def test_the_card_has_the_measured_table(smoke, exported):
         ({}, "refined by reinforcement learning from the preferences of people."),
         ({"sparse": "references"}, "refined by reinforcement learning from agreement with the training captions (CIDEr-D)."),
         ({"sparse": "references", "method": "distil"}, "refined on the best captions that a search finds by agreement with the training"),
+        ({"first": "configs/references.yaml"}, "from the preferences of people, after a first round as references.yaml says."),
     ],
 )
 def test_the_card_says_how_a_model_was_refined(settings, told):

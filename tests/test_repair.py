@@ -171,6 +171,8 @@ def test_tables_of_drafts(run, capsys):
         find_drafts("e.jsonl", False, "", "", ".txt")
     Path("f.jsonl").write_text('{"image": "0.png", "caption": "a star"}\n{"image": "1.png", "note": "x"}\n{"text": "a"}\n')
     assert [i.key for i in find_drafts("f.jsonl", False, "", "", ".txt")] == [("0.png", "a star"), ("1.png", ""), ("f.jsonl/2", "a")]
+    Path("n.jsonl").write_text('{"image": "0.png", "caption": []}\n')
+    assert [i.key for i in find_drafts("n.jsonl", False, "", "", ".txt")] == [("0.png", "")]
     assert run("--refine", "f.jsonl", "--output", "f.json") == 3
     errors = [row["error"] for row in json.loads(Path("f.json").read_text())]
     assert errors == [None, "1.png: no caption to look at", "f.jsonl/2: no image in this row"]

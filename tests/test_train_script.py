@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from accelerate import Accelerator
 from hierarchical_diffusion_rlhf_caption_refinement import cli
 from hierarchical_diffusion_rlhf_caption_refinement.data.sources import load_examples
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import captioner_kind, earlier, load_denoiser
+from hierarchical_diffusion_rlhf_caption_refinement.training import pipeline
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
-from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, config_from_plain, load_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, ConfigError, config_from_plain, load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
 
@@ -59,7 +61,7 @@ def test_the_summary_has_the_specified_columns(summary):
     assert before["epoch"] == 0 and "train_loss" not in before and before["val_reward"] is not None
 
 
-def test_the_summary_tells_hidden_quality_win_rate_and_time(summary):
+def test_the_summary_tells_hidden_quality_win_rate_and_time(smoke, summary):
     assert list(summary["gold"]) == ["data", "base", "rlhf"]
     for name, found in summary["gold"].items():
         assert set(found) == {"accuracy", "specificity", "fluency", "utility", "mean_words"}
@@ -68,6 +70,8 @@ def test_the_summary_tells_hidden_quality_win_rate_and_time(summary):
     win = summary["win_rate"]
     assert 0 <= win["low"] <= win["value"] <= win["high"] <= 1
     assert set(summary["seconds"]) == set(STAGES) and min(summary["seconds"].values()) > 0
+    row = checkpoint.load(smoke / "models/smoke/alignment_model.pt", "alignment")["facts"]["row"]  # of the weights that were kept
+    assert summary["alignment"].items() >= {name: value for name, value in row.items() if name.startswith("val_")}.items()
     assert 0 < summary["alignment"]["ceiling_r1"] <= 1
     assert summary["parameters"]["base"] == summary["parameters"]["rlhf"] > 1000
     report = summary["reward"]
@@ -158,6 +162,34 @@ def test_what_is_kept_was_made_with_these_settings(copy, capsys):
     assert (copy / "results/smoke/config.json").read_text() == told
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "refused"),
+    [
+        ("base", ["data.comparisons=taste.csv", "data.test=7", "data.max_words=9"], ""),  # none of which the base model goes by
+        ("reward", ["data.comparisons=taste.csv"], "data.comparisons=, now it is taste.csv"),
+        ("reward", ["start_from=models/other"], "start_from=, now it is models/other"),
+        ("alignment", ["data.max_words=9"], "data.max_words=20, now it is 9"),
+        ("alignment", ["start_from=models/other"], ""),
+    ],
+)
+def test_a_kept_stage_is_held_to_what_it_goes_by(copy, stage, settings, refused):
+    config = load_config([SMOKE], settings)
+    pipeline = Pipeline(Run(config, Accelerator(cpu=True), RunLog(config.results), True, Path("cache")))
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
+        pipeline.check_settings(stage)
+
+
+def test_distilling_is_resumed_on_the_images_that_it_searched_captions_for(copy, monkeypatch):
+    """They are kept in the order of the images: with one more, as where links answer again, all would be another's."""
+    monkeypatch.setattr(pipeline, "FETCHED", ("scenes",))
+    held = []
+    monkeypatch.setattr(pipeline, "train_rlhf", lambda run, *_: held.append(set(run.given)))
+    for method in ("distil", "policy_gradient"):
+        config = load_config([SMOKE], [f"rlhf.method={method}"])
+        Pipeline(Run(config, Accelerator(cpu=True), RunLog(config.results), True, Path("cache"))).rlhf()
+    assert held[0] - held[1] == {"the training images"} and "the data set" not in held[0]
+
+
 def test_a_stage_is_resumed_on_the_data_and_models_that_it_began_with(copy, capsys):
     stages = copy / "results/smoke/stages.json"
     stages.write_text(json.dumps({"alignment": 1.0}))
@@ -228,11 +260,12 @@ def test_start_from_a_folder_without_checkpoints(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: '' is no name of a file\n"
 
 
-def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys):
+@pytest.mark.parametrize("repeats", [0, 5])  # pairs that nobody was asked about prefer nothing either
+def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys, repeats):
     keys = [example.key for split in load_examples(load_config([SMOKE]).data, 0).values() for example in split]
     rows = [{"image": key, "a": "a red circle", "b": "a blue square", "choice": "tie"} for key in keys]
     Path("ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.train(["--config", str(SMOKE), "--stage", "reward", "data.comparisons=ties.jsonl"]) == 1
+    assert cli.train(["--config", str(SMOKE), "--stage", "reward", "data.comparisons=ties.jsonl", f"reward.repeats={repeats}"]) == 1
     assert capsys.readouterr().err == (
         "error: ties.jsonl: nobody preferred a caption to another in what would be for train, val: all ties\n"
     )
@@ -252,8 +285,23 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     assert own.find("reward") == Path("models/sparse/best_reward_model.pt")  # what this run trained itself comes first
     assert own.find("base") == smoke / "models/smoke/best_base_model.pt"
     other = replace(own.run.config, start_from="elsewhere")
+    assert earlier(replace(own.run.config, start_from=f"{smoke / 'models/smoke'}/"), "reward") == Path("models/sparse/best_reward_model.pt")
     assert earlier(other, "reward") == Path("elsewhere/best_reward_model.pt")  # what it made before, of another start, does not count
     assert earlier(replace(other, start_from=""), "reward") == Path("models/sparse/best_reward_model.pt")
+
+
+def test_a_copied_base_model_is_told_of(smoke, tmp_path, monkeypatch):
+    """A captioner is taught another taste in a folder of its own: models copied there are as good as trained there."""
+    monkeypatch.chdir(tmp_path)
+    Path("models/taste").mkdir(parents=True)
+    for name in ("alignment_model.pt", "best_base_model.pt"):
+        shutil.copy(smoke / "models/smoke" / name, Path("models/taste") / name)
+    assert cli.train(["--config", str(SMOKE), "run=taste", "--stage", "reward", "reward.comparisons=40", "reward.curve=[]"]) == 0
+    told = json.loads(Path("results/taste/training_summary.json").read_text())
+    assert set(told["gold"]) == {"data", "base"} and told["alignment"]["val_text_to_image_r10"] > 0
+    assert cli.train(["--config", str(SMOKE), "run=taste", "--stage", "rlhf", "rlhf.fit.epochs=1"]) == 0
+    told = json.loads(Path("results/taste/training_summary.json").read_text())
+    assert set(told["gold"]) == {"data", "base", "rlhf"} and 0 <= told["win_rate"]["value"] <= 1
 
 
 def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):
@@ -284,6 +332,33 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
         "error: models/judged/best_reward_model.pt: has other eyes or another vocabulary than models/judged/alignment_model.pt; "
         "--stage reward trains it anew\n"
     )
+
+
+def test_a_run_whose_first_round_is_another_refinement(copy, capsys):
+    """A run within the run: kept when it is done, held to its settings, gone with the base model that it was built on."""
+    Path("first.yaml").write_text("shaping: {clip_weight: 0}")
+    command = ["--config", str(SMOKE), "--stage", "rlhf", "rlhf.first=first.yaml"]
+    assert cli.train(command) == 0
+    first, rlhf = Path("models/smoke/first/best_rlhf_model.pt"), Path("models/smoke/best_rlhf_model.pt")
+    lines = [json.loads(line) for line in Path("results/smoke/first/metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["epoch"]) for row in lines] == [("rlhf", 0), ("rlhf", 1), ("rlhf", 2)]
+    kept, begun = checkpoint.load(first, "rlhf"), next(row for row in rows(copy) if row["stage"] == "rlhf")
+    assert kept["config"]["shaping"]["clip_weight"] == 0 and kept["facts"]["row"]["step"] > 0
+    assert (begun["step"], begun["val_kl"]) == (0, pytest.approx(0, abs=1e-5))
+    assert begun["val_loss"] == pytest.approx(kept["facts"]["row"]["val_loss"], abs=1e-6) != pytest.approx(lines[0]["val_loss"], abs=1e-3)
+    own = load_denoiser(first, "rlhf")[0].config
+    assert (own.run, own.start_from, own.rlhf.first) == ("smoke/first", "models/smoke", "")
+    before, after, stages = first.stat().st_mtime_ns, weights(rlhf), Path("results/smoke/stages.json")
+    stages.write_text(json.dumps({name: 1.0 for name in STAGES if name != "rlhf"}))
+    Path("models/smoke/last_rlhf.pt").unlink()  # killed between the rounds
+    assert cli.train([*command, "--resume"]) == 0
+    assert first.stat().st_mtime_ns == before and all((after[key] == value).all() for key, value in weights(rlhf).items())
+    Path("first.yaml").write_text("shaping: {clip_weight: 0.1}")
+    assert cli.train([*command, "--resume"]) == 2
+    assert "models/smoke/first/best_rlhf_model.pt: was trained with shaping.clip_weight=0.0, now it is 0.1" in capsys.readouterr().err
+    assert cli.train([*command[:3], "base", "rlhf.first=first.yaml", "base.fit.epochs=1"]) == 0
+    assert json.loads(Path("results/smoke/first/stages.json").read_text()) == {}
+    assert not Path("models/smoke/first/last_rlhf.pt").exists() and not Path("results/smoke/first/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -320,6 +395,8 @@ def test_a_second_run_of_the_same_name_waits_for_nobody(copy, capsys):
         (["vision.backbone=nowhere/at-all"], 1, "nowhere/at-all: not a usable vision backbone"),
         (["data.source=jsonl", "data.path=missing.jsonl", "--stage", "base"], 1, "missing.jsonl: No such file or directory"),
         (["data.source=jsonl", "data.path=missing.jsonl"], 2, "the reward stage needs data.ratings or data.comparisons"),
+        (["rlhf.first=nothing.yaml"], 2, "nothing.yaml: No such file or directory"),
+        (["rlhf.first=configs/smoke.yaml"], 2, "smoke.yaml: 'alignment' does not belong here: rlhf.first shares the run's models and data"),
         (["data.train=0"], 1, "data.source=scenes: data.train, data.val, data.test and data.captions_per_image must be positive"),
         (["alignment.fit.lr=1e12", "data.train=64"], 1, "the gradient is not finite"),
     ],

@@ -35,6 +35,10 @@ TOGETHER = 32
 """Images that one call captions at a time, however many it is given."""
 
 
+checked = lru_cache(maxsize=64)(with_overrides)
+"""A loop over images gives the same settings every time, and OmegaConf takes longer for them than a caption does."""
+
+
 class ObedienceError(ValueError):
     """An image for which no caption was found that obeys; the message is one line."""
 
@@ -244,8 +248,9 @@ class Captioner:
 
     def planned(self, settings: Mapping[str, object]) -> SamplerConfig:
         """The plan with these settings, checked as those of the command line are. Raises ConfigError."""
-        given = [f"sampler.{name}={value}" for name, value in settings.items()]
-        return with_overrides(replace(self.eyes.config, sampler=self.plan), given).sampler
+        return checked(
+            replace(self.eyes.config, sampler=self.plan), tuple(f"sampler.{name}={value}" for name, value in settings.items())
+        ).sampler
 
     @torch.no_grad()
     def explained(self, caption: Caption, seen: Seen) -> Caption:

@@ -200,7 +200,7 @@ def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
         if captions is None:
             return items
         told = _values(rows, captions, path, CAPTIONS, "caption")
-        several = [[str(text or "").strip() for text in (cell if isinstance(cell, list) else [cell])] for cell in told]
+        several = [[str(text or "").strip() for text in (cell if isinstance(cell, list) and cell else [cell])] for cell in told]
         return [replace(item, draft=text) for item, texts in zip(items, several, strict=True) for text in texts]
     except ConfigError:
         raise

@@ -47,6 +47,8 @@ def test_comparisons_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "ann.jsonl"
     path.write_text("".join(json.dumps(asdict(c)) + "\n" for c in (FULL, BARE, flip(FULL))))
     assert read_comparisons(path) == [FULL, BARE, flip(FULL)]
+    path.write_text(json.dumps(asdict(BARE) | {"id": None}))
+    assert read_comparisons(path) == [replace(BARE, id="ann.jsonl:1")]
 
 
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_jobs_come_after_what_they_need_and_know_their_settings(tmp_path):
     assert (alone.needs, alone.stages, alone.config.start_from) == (("base/3",), ("reward", "rlhf"), "")  # a reward of its own
     assert alone.config.reward.comparisons == load_config().reward.comparisons and not of["many/reward/3"].arm
     assert {job.seed for job in read_grid(grid_of(tmp_path), [8]).jobs()} == {8}
+    assert read_grid(grid_of(tmp_path), [8, 5, 8]).seeds == (8, 5)
 
 
 def test_settings_may_be_nested_as_in_config_files(tmp_path):

@@ -66,6 +66,8 @@ def test_only_the_main_process_writes_but_all_may_track(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
     assert tracked == [(10, {"base/step": 10, "base/epoch": 1, "base/loss": 0.1})]
+    log.part("first", tmp_path / "first").write("base", row(20))
+    assert tracked[1:] == [(20, {"first/base/step": 20, "first/base/epoch": 2, "first/base/loss": 0.05})]
 
 
 def terminal(width):

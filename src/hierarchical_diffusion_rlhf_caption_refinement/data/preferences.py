@@ -141,7 +141,7 @@ def read_comparisons(path: Path) -> list[Comparison]:
 
     In CSV and TSV an empty cell counts as absent, reasons are separated by semicolons, and provenance is left out.
     """
-    return _read(path, lambda place, row: Comparison(**_fields(Comparison, {"id": place} | row)))
+    return _read(path, lambda place, row: Comparison(**_fields(Comparison, row | {"id": row.get("id") or place})))
 
 
 def read_ratings(path: Path) -> list[Rating]:

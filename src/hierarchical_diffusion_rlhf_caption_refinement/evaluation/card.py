@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..utils.config import Config, RLHFConfig
@@ -56,9 +57,8 @@ Confidence and reward compare captions of this model, not of different ones.
 
 def _how(rlhf: RLHFConfig, judges: str) -> str:
     reward = f"the preferences of {judges}" if rlhf.sparse == "preference" else "agreement with the training captions (CIDEr-D)"
-    return (
-        f"on the best captions that a search finds by {reward}" if rlhf.method == "distil" else f"by reinforcement learning from {reward}"
-    )
+    how = f"on the best captions that a search finds by {reward}" if rlhf.method == "distil" else f"by reinforcement learning from {reward}"
+    return f"{how}, after a first round as {Path(rlhf.first).name} says" if rlhf.first else how
 
 
 def _numbers(numbers: Mapping[str, Any], kind: str) -> str:

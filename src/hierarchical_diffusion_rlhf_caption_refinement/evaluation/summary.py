@@ -16,6 +16,7 @@ from ..models.alignment import leave_one_word_out
 from ..models.reward import RewardModel
 from ..models.saved import FILES, Kind, OtherEyesError, earlier, load_denoiser, reward_beside
 from ..models.shaping import HierarchicalRewardShaper, log_odds
+from ..utils import checkpoint
 from ..utils.config import Config
 from ..utils.seeding import usable_device
 from . import metrics
@@ -110,7 +111,8 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """All that `results/training_summary.json` holds, from the log and from the checkpoints of the stages that are complete."""
     paths: dict[Kind, Path] = {"base": earlier(config, "base"), "rlhf": config.models / FILES["rlhf"]}
-    done = facts["seconds"].keys() | ({"base"} if config.start_from else set())
+    begun = (config.models / "last_base.pt").exists()  # else of start_from, or copied from there
+    done = facts["seconds"].keys() | (set() if begun and not config.start_from else {"base"})
     found: dict[str, Evaluation] = {
         k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if k in done and path.exists()
     }
@@ -120,22 +122,21 @@ def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Pat
     if found and (first := next(iter(found.values()))).gold:
         summary["gold"] = {"data": data_gold(first.corpus.examples)} | {kind: e.metrics["gold"] for kind, e in found.items()}
         texts = [example.captions[0] for example in first.corpus.examples]
-        summary["alignment"] = best_alignment(rows) | {
+        summary["alignment"] = best_alignment(config) | {
             "ceiling_r1": retrieval_ceiling([e.scene for e in first.corpus.examples if e.scene], texts)
         }
     elif found:
         summary["references"] = {kind: e.metrics["references"] for kind, e in found.items()}
-        summary["alignment"] = best_alignment(rows)
+        summary["alignment"] = best_alignment(config)
     if len(found) == 2:
         summary["win_rate"] = win_rate(found["rlhf"], found["base"])
     return summary, found
 
 
-def best_alignment(rows: list[Row]) -> dict[str, float]:
-    """Held-out retrieval of the alignment weights that were kept."""
-    epochs = [row for row in rows if row["stage"] == "alignment"]
-    chosen = max(epochs, key=lambda row: (row["val_text_to_image_r10"], row["val_text_to_image_mrr"]), default={})
-    return {k: v for k, v in chosen.items() if k.startswith("val_")}
+def best_alignment(config: Config) -> dict[str, float]:
+    """Held-out retrieval of the alignment model that the run stands on; a pretrained one was not measured."""
+    facts = checkpoint.load(earlier(config, "alignment"), "alignment")["facts"]
+    return {k: v for k, v in facts.get("row", {}).items() if k.startswith("val_")}
 
 
 def samples(config: Config, found: Sequence[Evaluation], count: int = 12) -> list[Sample]:

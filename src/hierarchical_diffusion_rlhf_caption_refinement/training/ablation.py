@@ -7,7 +7,7 @@ from typing import Any
 
 from ..evaluation.summary import evaluate_checkpoint, win_rate
 from ..models.saved import FILES, earlier
-from ..utils.files import write_json
+from ..utils.files import reserved, write_json
 from ..utils.grid import Grid, Job
 from ..utils.runlog import RunLog
 from ..utils.seeding import set_threads
@@ -30,8 +30,13 @@ def run_job(grid: Grid, job: Job, output: Path, base_from: str = "") -> None:
     """Do what is still to do of the job's stages; an arm then leaves its record.
 
     `base_from`: folder, {seed} in it standing for the seed; where there is one, the first two stages are taken from it.
-    Raises ValueError or OSError where something is missing.
+    Raises ValueError or OSError where something is missing, or another process does this job.
     """
+    with reserved(job.results / "lock"):
+        _run_job(grid, job, output, base_from)
+
+
+def _run_job(grid: Grid, job: Job, output: Path, base_from: str) -> None:
     config, start = job.config, Path(base_from.format(seed=job.seed))
     if base_from and not job.needs and start.is_dir():
         take(start, config.models)

@@ -29,7 +29,8 @@ from ..models.saved import (
 )
 from ..repair import Editor
 from ..utils import checkpoint
-from ..utils.config import STAGES, ConfigError, Stage, flat, to_plain
+from ..utils.command import find_config
+from ..utils.config import STAGES, ConfigError, Stage, first_round, flat, to_plain
 from ..utils.files import fingerprint, write_json
 from ..utils.seeding import seed_of
 from .alignment import train_alignment
@@ -47,14 +48,16 @@ CENTRED = 200
 JUDGE = "judge_model.pt"
 """The held-out judge's file, beside the reward model's."""
 READ: dict[Stage, tuple[str, ...]] = {
-    "alignment": ("seed", "data", "vision", "alignment"), "base": ("seed", "data", "base"), "reward": ("seed", "data", "reward"),
-    "rlhf": ("seed", "data", "shaping", "rlhf"),
+    "alignment": ("seed", "data", "vision", "alignment"), "base": ("seed", "start_from", "data", "base"),
+    "reward": ("seed", "start_from", "data", "reward"), "rlhf": ("seed", "start_from", "data", "shaping", "rlhf"),
 }  # fmt: skip
 """Groups of the config that a kept stage must have been trained with."""
+OF_ONE = {"data.max_words": "alignment", "data.test": "reward", "data.ratings": "reward", "data.comparisons": "reward"}
+"""Of the data's settings those that one stage alone goes by."""
 WHERE = ("data.path", "data.images", "data.downloads")
 """Where the data lie may change."""
 FETCHED = ("conceptual_captions", "hub")
-"""Sources of links, of which some answer tomorrow and not today: training goes on with a few images more or less."""
+"""Sources of links, of which some answer tomorrow and not today: a stage resumes on other images if they make as many updates an epoch."""
 
 
 class MissingStage(ValueError):
@@ -64,10 +67,20 @@ class MissingStage(ValueError):
 @dataclass(frozen=True)
 class Pipeline:
     run: Run
+    within: "Pipeline | None" = None
+    """The run of which this is a part, with its models and data."""
 
     @cached_property
     def examples(self) -> dict[str, list[Example]]:
-        return load_examples(self.run.config.data, self.run.config.seed)
+        return self.within.examples if self.within else load_examples(self.run.config.data, self.run.config.seed)
+
+    @cached_property
+    def first(self) -> "Pipeline | None":
+        """The refinement that `rlhf.first` puts before this one's, a run of its own in the folders of this one."""
+        if not self.run.config.rlhf.first:
+            return None
+        config = first_round(self.run.config, find_config(self.run.config.rlhf.first))
+        return Pipeline(replace(self.run, config=config, log=self.run.log.part("first", config.results)), self)
 
     @cached_property
     def words(self) -> Words:
@@ -83,7 +96,7 @@ class Pipeline:
 
     def find(self, kind: Stage) -> Path:
         """The checkpoint of an earlier stage, see `earlier`. Raises MissingStage."""
-        path = earlier(self.run.config, kind)
+        path = self.within.find(kind) if self.within else earlier(self.run.config, kind)
         if path.exists():
             return path
         if self.run.config.start_from:
@@ -110,14 +123,16 @@ class Pipeline:
             if self.kept(stage):
                 self.check_settings(stage)
         self.check_judgements(stages)
+        if self.first and "rlhf" in stages:
+            self.first.check(["rlhf"])
 
     def check_settings(self, stage: Stage) -> None:
         path, groups = self.run.config.models / FILES[stage], READ[stage]
         made, now = (flat(to_plain(config)) for config in (settings_from(checkpoint.load(path, stage)["config"], path), self.run.config))
         shape = ("base.width", "base.layers", "base.heads") if self.run.config.base.backbone else ()  # the backbone's, in the file
         for key, value in now.items():
-            read = key.split(".")[0] in groups and key not in (*WHERE, *shape) and not key.endswith(".save_every")
-            if read and made[key] != value:
+            read = key.split(".")[0] in groups and OF_ONE.get(key, stage) == stage
+            if read and key not in (*WHERE, *shape) and not key.endswith(".save_every") and made[key] != value:
                 raise ConfigError(f"{path}: was trained with {key}={made[key]}, now it is {value}; without --resume it is trained anew")
 
     def check_judgements(self, stages: Sequence[Stage]) -> None:
@@ -158,10 +173,13 @@ class Pipeline:
     def begin(self, stage: Stage) -> None:
         """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights, or told of them."""
         after = STAGES[STAGES.index(stage) :]
-        if self.run.main and not (self.run.resume and self.run.last(stage).exists()):
+        over = not (self.run.resume and self.run.last(stage).exists())
+        if over and self.run.main:
             for name in reversed(after):
                 self.run.last(name).unlink(missing_ok=True)
                 self.run.log.rewind(name, -1)
+        if over and self.first and stage != "rlhf":
+            self.first.begin("alignment")
         times = self.times()
         self.run.accelerator.wait_for_everyone()
         self.note({name: value for name, value in times.items() if name not in after})
@@ -224,9 +242,9 @@ class Pipeline:
             found, none = recorded(config, base, self.corpora), "no comparison of the data set's images"
         else:
             found, none = simulated(config, base, self.corpora), "no two captions to compare of the scenes"
-        if few := [name for name in ("train", "val", "test") if not len(getattr(found, name))]:
+        if few := [name for name in ("train", "val", "test") if not getattr(found, name).asked]:
             raise ValueError(f"{source}: {none} that would be for {', '.join(few)}")
-        if tied := [name for name in ("train", "val") if not (getattr(found, name).label < 2).any()]:
+        if tied := [name for name in ("train", "val") if not (getattr(found, name).label[: getattr(found, name).asked] < 2).any()]:
             raise ValueError(f"{source}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
         return found
 
@@ -239,10 +257,15 @@ class Pipeline:
         scores = reward.members(t.x0.to(device), t.length.to(device), corpus.image(rows).to(device), corpus.joint[rows].to(device))
         reward.set_base(scores[..., 0])
 
+    def refined(self) -> Path:
+        """The captioner that this part of a run leaves."""
+        self.train(["rlhf"])
+        return self.run.config.models / FILES["rlhf"]
+
     def rlhf(self) -> None:
         """From people's preferences, or from their captions, which then judge, too: those of validation images are never a reward."""
         config = self.run.config
-        built_on = [Path(config.rlhf.start) if config.rlhf.start else self.find("base")]
+        built_on = [self.first.refined() if self.first else Path(config.rlhf.start or self.find("base"))]
         eyes, start = self.load_captioner(built_on[0])
         corpora = self.with_training_looks() if config.rlhf.method == "distil" else self.corpora
         if config.rlhf.sparse == "references":
@@ -251,4 +274,5 @@ class Pipeline:
         else:
             built_on += [path := self.find("reward"), path.with_name(JUDGE)]
             reward, judge = (preference(self.load_reward(p)) for p in built_on[1:])
-        train_rlhf(self.holding(*built_on), eyes, start, reward, judge, corpora, self.words)
+        found_for = {"the training images": [e.key for e in self.examples["train"]]} if config.rlhf.method == "distil" else {}
+        train_rlhf(self.holding(*built_on, **found_for), eyes, start, reward, judge, corpora, self.words)

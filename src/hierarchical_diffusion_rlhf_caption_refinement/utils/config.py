@@ -361,6 +361,9 @@ class RLHFConfig(Group):
     likelihood and the two rewards as `shaping` weighs them, is learned like one of the data set's (`sparse`, `neighbours`, `fit` count)."""
     start: str = ""
     """Checkpoint of the captioner that is refined and that the KL holds to, a refined one for a second round; empty: the base model."""
+    first: str = ""
+    """Config file of a refinement that comes before, laid over these settings, such as configs/references.yaml: a run named RUN/first (or
+    first), from whose captioner this one goes on."""
     sparse: Literal["preference", "references"] = "preference"
     """The sparse reward: the reward model of people's comparisons, or CIDEr-D with people's captions (no reward stage)."""
     neighbours: int = 20
@@ -432,6 +435,7 @@ class Config:
     rlhf: RLHFConfig = field(default_factory=RLHFConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "start_from", self.start_from and str(Path(self.start_from)))  # models/run/ is models/run
         run = Path(self.run)
         inside = not run.is_absolute() and ".." not in run.parts
         _require(inside, f"run={self.run}: names folders inside models/ and results/, none outside")
@@ -449,6 +453,10 @@ class Config:
     @property
     def results(self) -> Path:
         return Path("results") if self.run == "default" else Path("results") / self.run
+
+
+REFINING = ("sampler", "shaping", "rlhf")
+"""Groups that tell one refinement of the same captioner from another."""
 
 
 def _keys(schema: type, prefix: str = "") -> list[str]:
@@ -539,6 +547,18 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """A config with single settings changed. Raises ConfigError."""
     return _merged([("", to_plain(config)), *_arguments(overrides)]) if overrides else config
+
+
+def first_round(config: Config, file: Path) -> Config:
+    """Of the refinement that `rlhf.first` puts before, described by this file. Raises ConfigError."""
+    where, settings = _layer(str(file), lambda: OmegaConf.load(file))
+    if other := settings.keys() - set(REFINING):
+        raise ConfigError(
+            f"{where}: '{min(other)}' does not belong here: rlhf.first shares the run's models and data, and sets {', '.join(REFINING)}"
+        )
+    run, start = "first" if config.run == "default" else f"{config.run}/first", config.start_from or str(config.models)
+    whole = replace(config, run=run, start_from=start, rlhf=replace(config.rlhf, first=""))
+    return _merged([("", to_plain(whole)), (where, settings)])
 
 
 def config_from_plain(tree: dict[str, Any]) -> Config:

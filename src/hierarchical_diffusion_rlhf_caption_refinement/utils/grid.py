@@ -163,4 +163,4 @@ def read_grid(path: Path, seeds: Sequence[int] = ()) -> Grid:
     files = [tree["config"]] if isinstance(tree["config"], str) else tree["config"]
     config = tuple(str(path.parent / name) for name in _listed(f"{path}: config", files, str)) if files else ()
     settings, listed = _settings(f"{path}: settings", tree["settings"]), _listed(f"{path}: seeds", tree["seeds"], int)
-    return Grid(path.stem, baseline, arms, regimes, tuple(seeds) or listed, config, settings)
+    return Grid(path.stem, baseline, arms, regimes, tuple(dict.fromkeys(seeds or listed)), config, settings)

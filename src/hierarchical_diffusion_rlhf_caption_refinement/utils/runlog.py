@@ -20,11 +20,17 @@ SHOWN = ("loss", "reward", "kl")
 class RunLog:
     """`metrics.jsonl` of a run's folder: a row per epoch, `{"stage", "step", "epoch", ...}`; numbers that are not finite become null."""
 
-    def __init__(self, folder: Path, *, main: bool = True, track: Callable[..., None] | None = None) -> None:
-        """Args: main: whether this process writes and shows anything; track: also gets the numbers, `accelerator.log` for example."""
+    def __init__(self, folder: Path, *, main: bool = True, track: Callable[..., None] | None = None, within: str = "") -> None:
+        """Args: main: whether this process writes and shows anything; track: also gets the numbers, `accelerator.log` for example;
+        within: what stages are called by before their own name, where they are shown and tracked."""
         self.path = folder / "metrics.jsonl"
         self.main = main
         self.track = track
+        self.within = within
+
+    def part(self, name: str, folder: Path) -> "RunLog":
+        """The log of a part of the run, in a folder of its own."""
+        return RunLog(folder, main=self.main, track=self.track, within=f"{self.within}{name}/")
 
     def rows(self, stage: str | None = None) -> list[Row]:
         """The rows written so far, oldest first; a line torn by a kill is left out."""
@@ -39,7 +45,7 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line({"stage": stage, **row}))
         if self.track:
-            self.track({f"{stage}/{k}": v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+            self.track({f"{self.within}{stage}/{k}": v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop what `stage` wrote after `step`, so that a resumed stage leaves the same rows as an uninterrupted one."""
@@ -61,15 +67,15 @@ class StageLog:
     """Rows of one stage; shown as a bar with metrics and the time left on a terminal, elsewhere as one line per epoch."""
 
     def __init__(self, run: RunLog, stage: str, total: int, done: int = 0, console: Console | None = None) -> None:
-        self.run, self.stage = run, stage
+        self.run, self.stage, self.title = run, stage, run.within + stage
         self.console = console or Console(quiet=not run.main)
         wide = self.console.width >= 90
         middle: list[ProgressColumn] = [BarColumn(None), MofNCompleteColumn()] if wide else [TaskProgressColumn()]
         ending = TextColumn("{task.fields[metrics]}"), TextColumn("ETA"), TimeRemainingColumn()
         columns = TextColumn("{task.description}"), *middle, *ending
-        self.room = self.console.width - len(stage) - (44 if wide else 21)
+        self.room = self.console.width - len(self.title) - (44 if wide else 21)
         self.bar = Progress(*columns, console=self.console, expand=wide, disable=not (run.main and self.console.is_terminal))
-        self.task = self.bar.add_task(stage, total=total, completed=done, metrics="")
+        self.task = self.bar.add_task(self.title, total=total, completed=done, metrics="")
 
     def update(self, row: Row) -> None:
         """One update is over: the bar moves to `row["step"]` and shows the row's metrics."""
@@ -79,7 +85,7 @@ class StageLog:
         """One epoch is over: its row is kept, and a line stays with the metrics of the bar and every held-out one."""
         self.run.write(self.stage, row)
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and (k in SHOWN or k.startswith("val_"))]
-        text = "  ".join([f"{self.stage} epoch {row['epoch']}", *numbers, *([row["stopped"]] if row.get("stopped") else [])])
+        text = "  ".join([f"{self.title} epoch {row['epoch']}", *numbers, *([row["stopped"]] if row.get("stopped") else [])])
         self.console.print(text, soft_wrap=not self.console.is_terminal, markup=False, highlight=False)
 
 
