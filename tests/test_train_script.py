@@ -339,6 +339,9 @@ def test_a_run_whose_first_round_is_another_refinement(copy, capsys):
     Path("first.yaml").write_text("shaping: {clip_weight: 0}")
     command = ["--config", str(SMOKE), "--stage", "rlhf", "rlhf.first=first.yaml"]
     assert cli.train(command) == 0
+    assert "Run smoke/first" in Path("results/smoke/first/report/report.html").read_text(encoding="utf-8")
+    out = capsys.readouterr().out
+    assert out.startswith("first/rlhf epoch 1  loss") and "\nrlhf epoch 1  loss" in out
     first, rlhf = Path("models/smoke/first/best_rlhf_model.pt"), Path("models/smoke/best_rlhf_model.pt")
     lines = [json.loads(line) for line in Path("results/smoke/first/metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["epoch"]) for row in lines] == [("rlhf", 0), ("rlhf", 1), ("rlhf", 2)]

@@ -78,6 +78,8 @@ def _train(args: argparse.Namespace) -> int:
         pipeline.train(stages)
         if accelerator.is_main_process:
             finish(config, log, pipeline.times())
+            if pipeline.first:
+                tell_first_round(pipeline.first.run.config, pipeline.first.run.log)
         accelerator.end_training()
     return 0
 
@@ -110,6 +112,14 @@ def finish(config: Config, log: RunLog, seconds: dict[str, float]) -> None:
         if "rlhf" in found:
             caption_fresh_images(config, console)
     console.print(f"summary  {config.results / 'training_summary.json'}\nreport   {page}", soft_wrap=True)
+
+
+def tell_first_round(config: Config, log: RunLog) -> None:
+    """The curves of a refinement within another's run; that one's page has the captions and what they are worth."""
+    from .evaluation.report import write_report
+
+    if rows := log.rows():
+        print(f"first    {write_report(config.results / 'report', f'Run {config.run}', rows, {'config': to_plain(config)}, [])}")
 
 
 def won(name: str, other: str, win: dict[str, float]) -> str:
