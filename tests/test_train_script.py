@@ -1,7 +1,9 @@
 """train.py: what a run leaves, stage by stage and all together, and what it says when it cannot go on."""
 
 import json
+import os
 import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils import checkpoint
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import STAGES, ConfigError, config_from_plain, load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
-from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog
+from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import RunLog, StageLog
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 
@@ -334,8 +336,8 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     )
 
 
-def test_a_run_whose_first_round_is_another_refinement(copy, capsys):
-    """A run within the run: kept when it is done, held to its settings, gone with the base model that it was built on."""
+def test_a_run_whose_first_round_is_another_refinement(copy, capsys, monkeypatch):
+    """A run within the run: resumed bit for bit, kept when done, held to its settings, gone with the base model that it was built on."""
     Path("first.yaml").write_text("shaping: {clip_weight: 0}")
     command = ["--config", str(SMOKE), "--stage", "rlhf", "rlhf.first=first.yaml"]
     assert cli.train(command) == 0
@@ -351,11 +353,22 @@ def test_a_run_whose_first_round_is_another_refinement(copy, capsys):
     assert begun["val_loss"] == pytest.approx(kept["facts"]["row"]["val_loss"], abs=1e-6) != pytest.approx(lines[0]["val_loss"], abs=1e-3)
     own = load_denoiser(first, "rlhf")[0].config
     assert (own.run, own.start_from, own.rlhf.first) == ("smoke/first", "models/smoke", "")
-    before, after, stages = first.stat().st_mtime_ns, weights(rlhf), Path("results/smoke/stages.json")
-    stages.write_text(json.dumps({name: 1.0 for name in STAGES if name != "rlhf"}))
-    Path("models/smoke/last_rlhf.pt").unlink()  # killed between the rounds
+    uninterrupted, update = weights(rlhf), StageLog.update
+
+    def pressed(self, row):
+        update(self, row)
+        if (self.title, row["step"]) in (("first/rlhf", 3), ("rlhf", 2)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLog, "update", pressed)
+        assert cli.train(command) == 130
+        assert "stopped after update 3; models/smoke/first/last_rlhf.pt holds all that is needed" in capsys.readouterr().err
+        assert cli.train([*command, "--resume"]) == 130
+        assert "stopped after update 2; models/smoke/last_rlhf.pt holds" in capsys.readouterr().err
+    before = first.stat().st_mtime_ns
     assert cli.train([*command, "--resume"]) == 0
-    assert first.stat().st_mtime_ns == before and all((after[key] == value).all() for key, value in weights(rlhf).items())
+    assert first.stat().st_mtime_ns == before and all((uninterrupted[key] == value).all() for key, value in weights(rlhf).items())
     Path("first.yaml").write_text("shaping: {clip_weight: 0.1}")
     assert cli.train([*command, "--resume"]) == 2
     assert "models/smoke/first/best_rlhf_model.pt: was trained with shaping.clip_weight=0.0, now it is 0.1" in capsys.readouterr().err
