@@ -66,7 +66,17 @@ class Reveal(DiffusionCaptionModel):
         return write_captions(self, corpus, rows, plan, 0, alignment=alignment).texts
 
 
-class Bidirectional(DiffusionCaptionModel):
+class Grouped(DiffusionCaptionModel):
+    def loss(self, batch: CaptionBatch) -> Tensor:
+        order = batch.length.argsort(stable=True)
+        return torch.cat([self._loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
+
+    def _loss(self, batch: CaptionBatch) -> Tensor:
+        """Of each caption."""
+        raise NotImplementedError
+
+
+class Bidirectional(Grouped):
     def states(self, x0: Tensor, masked: Tensor, length: Tensor, memory) -> Tensor:
         place = torch.arange(x0.shape[1]).expand_as(x0)
         hidden = self.embed(torch.where(masked[..., None], self.mask, self.wte(x0)), place, length)
@@ -74,10 +84,6 @@ class Bidirectional(DiffusionCaptionModel):
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, attend, image)
         return self.to_logits(hidden)
-
-    def loss(self, batch: CaptionBatch) -> Tensor:
-        order = batch.length.argsort(stable=True)
-        return torch.cat([self._loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
         valid, memory = valid_positions(batch.length, batch.x0.shape[1]), self.read_image(batch.image, batch.seen, batch.kept)
@@ -105,7 +111,7 @@ class Bidirectional(DiffusionCaptionModel):
         return decode_rows(corpus.tokenizer, x0, length)
 
 
-class Autoregressive(DiffusionCaptionModel):
+class Autoregressive(Grouped):
     def next_logits(self, x0: Tensor, memory, first: int = 0) -> Tensor:
         """(B, T + 1 - first, V): logits of each word from `first` on and of the one after the last, given those before.
 
@@ -117,10 +123,6 @@ class Autoregressive(DiffusionCaptionModel):
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, causal, image)
         return self.to_logits(hidden[:, first:])
-
-    def loss(self, batch: CaptionBatch) -> Tensor:
-        order = batch.length.argsort(stable=True)
-        return torch.cat([self._loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
         target = F.pad(batch.x0 * valid_positions(batch.length, batch.x0.shape[1]), (0, 1), value=END)
@@ -215,14 +217,14 @@ def train(model, corpora: dict[str, Corpus], config: Config, minutes: float, pla
     while spent < 60 * minutes:
         started, share = time.process_time(), spent / (60 * minutes)
         for group in optimizer.param_groups:
-            group["lr"] = fit.lr * min(share / fit.warmup + 0.01, 0.5 * (1 + math.cos(math.pi * share)))
+            group["lr"] = fit.lr * min(share / max(fit.warmup, 1e-9) + 0.01, 0.5 * (1 + math.cos(math.pi * share)))
         torch.manual_seed(seed_of(config.seed, "micro-batch", step))
         rows = batch_indices(len(corpora["train"]), fit.batch_size, step, config.seed, "base")
         batch = caption_batch(corpora["train"], rows, slice(None), config.base, generator(config.seed, "base batch", step))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model.loss(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         step += 1

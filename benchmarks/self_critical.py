@@ -13,6 +13,7 @@ needs the alignment stage and the weights that `peers.py --peer autoregressive -
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
         worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
         loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), fit.max_grad_norm or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, fit.epochs * each, fit)
         optimizer.step()

@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, GPT2Confi
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import sample_scene, write_caption
 from hierarchical_diffusion_rlhf_caption_refinement.training.pipeline import Pipeline
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run, start_accelerator
-from hierarchical_diffusion_rlhf_caption_refinement.utils.command import find_config
+from hierarchical_diffusion_rlhf_caption_refinement.utils.command import at_least, find_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import load_config
 from hierarchical_diffusion_rlhf_caption_refinement.utils.files import write_json
 from hierarchical_diffusion_rlhf_caption_refinement.utils.runlog import Row, RunLog, StageLog
@@ -167,7 +167,16 @@ def measured(config: Path, folder: Path, times: int, updates: int, overrides: li
     """Each stage for some updates of `times` the configured batch."""
     plain = load_config([config], overrides)
     sizes = {stage: times * getattr(plain, stage).fit.batch_size for stage in STAGES}
-    own = {"data.source": "scenes", "data.comparisons": "''", "data.train": 1024, "data.val": 32, "data.test": 32, "reward.curve": []}
+    own = {
+        "data.source": "scenes",
+        "data.comparisons": "''",
+        "data.ratings": "''",
+        "rlhf.first": "''",
+        "data.train": 1024,
+        "data.val": 32,
+        "data.test": 32,
+        "reward.curve": [],
+    }
     own |= {"base.backbone": folder / "gpt2", "vision.backbone": folder / "clip", "alignment.pretrained": folder / "clip"}
     own |= {
         "reward.comparisons": max(300, sizes["reward"]),
@@ -194,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--times", type=int, nargs="+", default=[1], help="multiples of the configured batch")
-    parser.add_argument("--updates", type=int, default=40, help="of each stage, 8 or more")
+    parser.add_argument("--updates", type=at_least(8), default=40, help="of each stage, 8 or more")
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny: to see that it runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")

@@ -62,6 +62,15 @@ def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path
     again = json.loads(Path("out/few/sparse_only/0.json").read_text())
     assert report["comparisons"]["train"] == 40 == again["config"]["reward.comparisons"] and again["rows"] != records["sparse_only"]["rows"]
     grid.write_text(GRID)
+    Path("before.yaml").write_text("shaping: {clip_weight: 0.2}")
+    grid.write_text(GRID.replace("  one_member:", "  two_rounds: {rlhf.first: before.yaml}\n  one_member:"))
+    two, first = [*command, "--only", "few/two_rounds/0"], Path("models/ablation/toy/few/two_rounds/0/first/best_rlhf_model.pt")
+    assert ablate(two) == 0 and (kept := first.read_bytes())
+    Path("out/few/two_rounds/0.json").unlink()
+    assert ablate(two) == 0 and first.read_bytes() == kept  # nothing has changed
+    grid.write_text(grid.read_text().replace("rlhf.fit.epochs: 1", "rlhf.fit.epochs: 1, rlhf.fit.lr: 0.01"))
+    assert ablate(two) == 0 and first.read_bytes() != kept
+    grid.write_text(GRID)
     capsys.readouterr()
     assert ablate([str(grid), "--output", "out", "--report-only"]) == 0
     assert capsys.readouterr().out.strip().endswith("out/README.md") and "| one member | 1 |" in Path("out/README.md").read_text()

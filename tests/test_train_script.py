@@ -145,6 +145,12 @@ def test_a_stage_that_starts_over_unmakes_what_was_built_on_it(copy, monkeypatch
     assert set(summary["gold"]) == {"data", "base"} and "reward" not in summary and "win_rate" not in summary
 
 
+def test_new_eyes_leave_no_captioner_of_the_old_ones(copy, monkeypatch):
+    monkeypatch.setattr(cli, "finish", FINISH)
+    assert cli.train(["--config", str(SMOKE), "--stage", "alignment", "seed=3", "alignment.fit.epochs=1"]) == 0
+    assert "gold" not in json.loads((copy / "results/smoke/training_summary.json").read_text())
+
+
 def test_a_data_set_that_is_not_there_takes_nothing_away(copy, capsys):
     before = {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))}
     stages = (copy / "results/smoke/stages.json").read_text()
@@ -208,6 +214,18 @@ def test_a_stage_is_resumed_on_the_data_and_models_that_it_began_with(copy, caps
     checkpoint.save(reward, "reward", payload)
     assert cli.train(["--config", str(SMOKE), "--stage", "rlhf", "--resume"]) == 1
     assert "models/smoke/last_rlhf.pt: was trained with best_reward_model.pt=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"), [("alignment", "vision.heads=1"), ("rlhf", "sampler.steps=1"), ("rlhf", "base.left_to_right=0.9")]
+)
+def test_a_resumed_stage_is_held_to_all_that_it_reads(copy, capsys, stage, setting):
+    """Another sampler would choose the best weights among figures that cannot be compared."""
+    path = copy / "results/smoke/stages.json"
+    path.write_text(json.dumps(dict.fromkeys(STAGES[: STAGES.index(stage)], 1.0)))
+    assert cli.train(["--config", str(SMOKE), "--stage", stage, "--resume", setting]) == 1
+    key, value = setting.split("=")
+    assert f"models/smoke/last_{stage}.pt: was trained with {key}=" in (told := capsys.readouterr().err) and f"now it is {value}" in told
 
 
 def test_an_unfinished_alignment_is_finished_before_the_base_model_begins(copy):
@@ -290,6 +308,13 @@ def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, mon
     assert earlier(replace(own.run.config, start_from=f"{smoke / 'models/smoke'}/"), "reward") == Path("models/sparse/best_reward_model.pt")
     assert earlier(other, "reward") == Path("elsewhere/best_reward_model.pt")  # what it made before, of another start, does not count
     assert earlier(replace(other, start_from=""), "reward") == Path("models/sparse/best_reward_model.pt")
+
+
+def test_candidates_wait_for_a_reward_model(smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["run=one", f"start_from={smoke / 'models/smoke'}", "base.fit.epochs=1", "sampler.candidates=2", "sampler.temperature=0.7"]
+    assert cli.train(["--config", str(SMOKE), "--stage", "base", *settings]) == 0
+    assert set(json.loads(Path("results/one/training_summary.json").read_text())["gold"]) == {"data", "base"}
 
 
 def test_a_copied_base_model_is_told_of(smoke, tmp_path, monkeypatch):

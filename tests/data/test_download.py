@@ -75,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(503, b"", {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
         if name == "tomorrow":
             return self.send(429, b"", {"Retry-After": "86400"})
+        if name == "maintained":
+            return self.send(404, b"", {"Retry-After": "86400"})
         if name == "interrupt":
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
@@ -175,6 +177,8 @@ def test_a_host_that_goes_on_refusing_is_left_alone(server: Server, tmp_path: Pa
     assert server.asked == {"tomorrow": 1}
     assert download([server.url("limited")], tmp_path, 9, 4) == {server.url("limited"): "HTTP 429"}
     assert server.asked["limited"] == 2 and server.times[2] - server.times[1] > 0.95  # a second, if the host does not say
+    gone, good = server.url("maintained"), server.url("red7")
+    assert download([gone, good], tmp_path, 9, 4) == {gone: "HTTP 404", good: ""}  # that one is missing says nothing of the others
 
 
 def test_a_later_run_asks_only_for_what_may_have_changed(server: Server, tmp_path: Path) -> None:

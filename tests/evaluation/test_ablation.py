@@ -107,6 +107,9 @@ def test_the_page_has_a_line_per_arm_with_its_command_and_pictures(tmp_path: Pat
     (tmp_path / "few" / "hierarchical" / "2.json").write_text(
         json.dumps({"regime": "few", "arm": "hierarchical", "seed": 2, "settings": [], "error": "exit code 1: the disk is full"})
     )
+    gone = tmp_path / "few" / "of_old" / "0.json"
+    gone.parent.mkdir()
+    gone.write_text(json.dumps({"regime": "few", "arm": "of_old", "seed": 0, "settings": [], "error": "no luck"}))
     arms = {"sparse_only": {"shaping.clip_weight": 0.0}, "hierarchical": {}, "not_yet_run": {}}
     grid = Grid("toy", "sparse_only", arms, {"few": {"reward.comparisons": 300}, "many": {}}, (0, 1), (), {})
     text = write_page(grid, tmp_path, Path("configs/toy.yaml")).read_text()
@@ -115,5 +118,6 @@ def test_the_page_has_a_line_per_arm_with_its_command_and_pictures(tmp_path: Pat
     assert "+0.040 (+0.040 to +0.040)" in lines[1] and "+0.000 (+0.000 to +0.000)" in lines[0]
     assert "python scripts/ablate.py configs/toy.yaml --report-only" in text and "`reward.comparisons=300`" in text
     assert "few/hierarchical/2: exit code 1: the disk is full" in text and "## many" not in text
+    assert "no luck" not in text  # the grid has no such arm any more
     for name in ("learning_few.png", "distance_few.png"):
         assert f"({name})" in text and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

@@ -131,6 +131,13 @@ def test_bounds_make_no_caption_likelier(toy: Toy):
         assert found.x0[0, : found.length[0]].tolist() == short[int(worth.argmax())]
 
 
+def test_impossible_lengths_have_no_vote(toy: Toy):
+    for seed in range(20, 40):
+        model, images = toy(seed=seed), torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(seed))
+        many, two = (beam_search(model, images, wide(3, lengths, min_words=3, max_words=4, consensus=5.0)) for lengths in (5, 2))
+        assert many.x0.equal(two.x0)
+
+
 def test_the_plan_decides_who_decodes_and_given_words_are_kept(toy: Toy):
     model, images = toy(seed=13), torch.randn(2, 3, 4)
     noise = noise_for(range(2), 1, 4, 5, 0)

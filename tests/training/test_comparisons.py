@@ -78,6 +78,18 @@ def test_drawn_pairs_differ_and_cover_the_images_first(world: Any) -> None:
     assert len(many) == len(set(many)) == 60 and {row for row, _, _ in many} == set(range(24))
 
 
+def test_images_with_one_caption_alone_are_made_up_for_by_others(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other image has the same caption twice: fewer pairs than images, and still as many as asked for."""
+
+    def written(model: Any, corpus: Any, rows: list[int], plan: Any, seed: int) -> Any:
+        return SimpleNamespace(texts=[f"a {plan.temperature if row % 2 else 'star'} of {row}" for row in rows])
+
+    monkeypatch.setattr(comparisons, "write_captions", written)
+    monkeypatch.setattr(comparisons, "PLANS", (SimpleNamespace(temperature=1), SimpleNamespace(temperature=2)))
+    corpus = world.corpora["train"]
+    assert len(drawn_pairs(world.denoiser(), replace(corpus, examples=corpus.examples * 17), 70, seed=1)) == 70
+
+
 def test_every_pair_is_shown_to_different_raters_with_the_sides_at_random(world: Any) -> None:
     corpus = world.corpora["val"]
     shown = [(i % 8, corpus.examples[i % 8].captions[0], "star") for i in range(80)]

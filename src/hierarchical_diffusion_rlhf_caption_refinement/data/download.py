@@ -83,7 +83,8 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
 def _failure(url: str, error: Exception) -> Outcome:
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it is the response
-        return Outcome(url, f"HTTP {error.code}", error.code in _PASSING, _retry_after(error))
+        passing = error.code in _PASSING
+        return Outcome(url, f"HTTP {error.code}", passing, _retry_after(error) if passing else 0.0)
     inner = getattr(error, "reason", None)
     cause = inner if isinstance(inner, Exception) else error
     other = (str(cause), False) if isinstance(cause, ValueError) else ("connection failed", True)

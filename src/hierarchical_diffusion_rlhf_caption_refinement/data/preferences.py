@@ -105,7 +105,7 @@ def split_by_image(
 def ratings_to_comparisons(ratings: Iterable[Rating], seed: int = 0, per_image: int = 10) -> list[Comparison]:
     """Pairs of captions of one image that one source rated, the sides at random; equal means are a tie, of yes/no votes close ones, too.
 
-    At most `per_image` pairs of an image and source, at most a third of them ties, which would drown the rest where most ratings are equal.
+    At most `per_image` pairs of an image and source, ties at most a third of that number: more would drown the rest, where most are equal.
     The image's own references are left out: anything that compares with references prefers them for nothing.
     """
     groups: dict[tuple[str, str], list[Rating]] = defaultdict(list)

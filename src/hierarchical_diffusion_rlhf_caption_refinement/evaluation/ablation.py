@@ -229,7 +229,11 @@ def section(grid: Grid, folder: Path, regime: str, records: list[Record]) -> str
 def write_page(grid: Grid, folder: Path, path: Path) -> Path:
     """`README.md` and pictures beside the records; of those the ones whose arm and regime the grid still has."""
     records = read_records(folder)
-    failed = [f"- {r['regime']}/{r['arm']}/{r['seed']}: {r['error']}" for r in records if "error" in r]
+    failed = [
+        f"- {r['regime']}/{r['arm']}/{r['seed']}: {r['error']}"
+        for r in records
+        if "error" in r and r["regime"] in grid.regimes and r["arm"] in grid.arms
+    ]
     arms = table(["arm", "settings"], [[name.replace("_", " "), " ".join(f"`{s}`" for s in spelled(own)) or "as configured"]
                                        for name, own in grid.arms.items()])  # fmt: skip
     parts = [section(grid, folder, regime, records) for regime in grid.regimes]

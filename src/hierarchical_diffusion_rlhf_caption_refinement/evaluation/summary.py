@@ -1,7 +1,7 @@
 """The summary of a run: the specification's tables from the log, held-out quality of base and refined model, samples for the report."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def evaluate_checkpoint(path: Path, kind: Kind, config: Config, cache: Path, str
     eyes, model = eyes.to(device), model.to(device)
     corpus = build_corpus(eyes, load_examples(config.data, config.seed)["test"], cache)
     rows = list(range(len(corpus)))
-    written = write_captions(model, corpus, rows, config.sampler, config.seed, reward, eyes.alignment)
+    plan = config.sampler if reward or strict else replace(config.sampler, candidates=1)  # nothing to choose by yet
+    written = write_captions(model, corpus, rows, plan, config.seed, reward, eyes.alignment)
     found: dict[str, Any] = text_statistics(written.texts) | clip_scores(eyes.alignment, written.texts, corpus)
     found["retrieval"] = retrieval(eyes.alignment, corpus)
     if written.reward is not None:
@@ -111,7 +112,7 @@ def tables(rows: list[Row]) -> dict[str, list[Row]]:
 def summarise(config: Config, rows: list[Row], facts: dict[str, Any], cache: Path) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """All that `results/training_summary.json` holds, from the log and from the checkpoints of the stages that are complete."""
     paths: dict[Kind, Path] = {"base": earlier(config, "base"), "rlhf": config.models / FILES["rlhf"]}
-    begun = (config.models / "last_base.pt").exists()  # else of start_from, or copied from there
+    begun = "alignment" in facts["seconds"] or (config.models / "last_base.pt").exists()  # else the base model was copied from another run
     done = facts["seconds"].keys() | (set() if begun and not config.start_from else {"base"})
     found: dict[str, Evaluation] = {
         k: evaluate_checkpoint(path, k, config, cache, strict=False) for k, path in paths.items() if k in done and path.exists()

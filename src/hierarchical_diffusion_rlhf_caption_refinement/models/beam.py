@@ -53,10 +53,10 @@ def beam_search(
     """
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
-    lengths = bounded_length_logp(memory.length_logits, plan.min_words, min(plan.max_words, model.max_length))
-    bounded, tried = lengths.topk(min(plan.lengths, model.max_length), 1)
+    low, high = plan.min_words, min(plan.max_words or model.max_length, model.max_length)
+    tried = bounded_length_logp(memory.length_logits, low, high).topk(min(plan.lengths, high - low + 1), 1).indices
     free = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths, and make none likelier
-    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free.where(bounded.isfinite(), -torch.inf)))
+    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free))
     x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
     total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one
     cache = Cache.empty(len(model.h), len(length), image.device)

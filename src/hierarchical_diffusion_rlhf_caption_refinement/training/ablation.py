@@ -51,6 +51,9 @@ def _run_job(grid: Grid, job: Job, output: Path, base_from: str) -> None:
     if job.outdated():  # what other settings trained is not gone on with, nor taken for finished
         for path in (path for stage in job.stages for path in (config.models / FILES[stage], pipeline.run.last(stage))):
             path.unlink(missing_ok=True)
+        if pipeline.first:
+            pipeline.first.begin("alignment")
+    pipeline.check(job.stages)
     write_json(job.kept_settings, job.settings())
     pipeline.train(job.stages)
     if job.arm:

@@ -172,7 +172,7 @@ def fit_alignment(run: Run, eyes: Eyes, alignment: AlignmentModel, examples: dic
     few = len(examples["val"]) < FEW_IMAGES
     run.fit(
         "alignment", state, cfg, len(captions), run.batches("alignment", cfg, len(captions), make), objective, evaluate=evaluate,
-        better=(f"val_text_to_image_{'mrr' if few else 'r10'}", "max"), best=best, held=settings_of(run.config, "alignment"),
+        better=(f"val_text_to_image_{'mrr' if few else 'r10'}", "max"), best=best, held=settings_of(run.config, "alignment", "vision"),
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def drawn_pairs(model: DiffusionCaptionModel, corpus: Corpus, count: int, seed: 
     """(row, caption, other caption) of `count` pairs of different captions; several of an image once all images have one."""
     order = random.Random(seed_of(seed, "pairs")).sample(range(len(corpus)), len(corpus))
     pairs: list[tuple[int, str, str]] = []
-    for turn in range(1 + 4 * count // len(corpus)):
+    for turn in range(4 + 4 * count // len(corpus)):  # few images have only one caption
         rows = order[: max(count - len(pairs), 0) + 16]
         texts = [write_captions(model, corpus, rows, plan, seed_of(seed, turn, i)).texts for i, plan in enumerate(PLANS)]
         pairs += [(row, a, b) for row, a, b in zip(rows, *texts, strict=True) if a != b]

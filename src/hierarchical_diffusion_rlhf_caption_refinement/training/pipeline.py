@@ -88,10 +88,13 @@ class Pipeline:
 
     @cached_property
     def eyes(self) -> Eyes:
-        return with_config(load_eyes(self.find("alignment")), self.run.config).to(self.run.device)
+        eyes = self.within.eyes if self.within else load_eyes(self.find("alignment")).to(self.run.device)
+        return with_config(eyes, self.run.config)
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
+        if self.within:
+            return self.within.corpora
         return {split: build_corpus(self.eyes, examples, self.run.cache) for split, examples in self.examples.items()}
 
     def find(self, kind: Stage) -> Path:

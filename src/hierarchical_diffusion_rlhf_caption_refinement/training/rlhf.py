@@ -353,7 +353,7 @@ def train_rlhf(
     if "base" not in state.extra:
         sampled, _, _ = trainer.sample(reference, list(range(min(len(corpora["val"]), 128))), corpora["val"], "confidence")
         odds = log_odds(sampled.confidence[revealed(sampled.step)])
-        state.extra["confidence"] = [float(odds.mean()), float(odds.std())]
+        state.extra["confidence"] = [float(odds.mean()), float(odds.std().nan_to_num().clamp(min=1e-6))]
         state.extra["base"] = held_out(trainer, reference, corpora["val"], judge)
         state.best = state.extra["base"]["judge"]
         if run.main:
@@ -375,6 +375,6 @@ def train_rlhf(
     run.fit(
         "rlhf", state, config.rlhf.fit, len(corpora["train"]), batches, objective, evaluate=evaluate,
         better=("val_judge_unalarmed", "max"), best=best, stop=stop, boundary=config.rlhf.inner_updates,
-        held=settings_of(config, "rlhf", "shaping"),
+        held=settings_of(config, "rlhf", "shaping", "base", "sampler"),
     )  # fmt: skip
     return path

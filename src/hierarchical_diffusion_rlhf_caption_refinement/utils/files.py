@@ -55,8 +55,10 @@ def fingerprint(files: Iterable[Path], *values: object) -> str:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """What is not finite becomes null, as JSON has no word for it."""
+    finite = json.loads(json.dumps(content, default=float), parse_constant=lambda _: None)
     with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=indent, default=float) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite, indent=indent) + "\n", encoding="utf-8")
 
 
 def parse_row(line: str | bytes, *keys: str) -> dict[str, Any] | None:
