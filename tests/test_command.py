@@ -105,7 +105,8 @@ def test_a_wheel_brings_command_and_configs(installed, tmp_path):
     assert ours == theirs and Path("ablations/arms.yaml") in ours
     for config, error in {
         "flickr8k": "error: ../shared/flickr8k/human_ratings.jsonl: no such file; "
-        "the reward stage would learn from it, --stage base does without",
+        "the reward stage would learn from it; --stage base does without, and with "
+        "--config configs/references.yaml besides captions are the reward",
         "nowhere": "error: nowhere: No such file or directory",
     }.items():
         done = caprefine(installed, tmp_path, "train", "--config", config)

@@ -250,7 +250,7 @@ def test_comparisons_of_other_images_are_an_error_in_one_line(
     (tmp_path / "few.jsonl").write_text(json.dumps(asdict(Comparison("0", "https://example.org/other.png", "a star", "a ring", "a"))))
     capsys.readouterr()
     assert train_on(run, "run=few", f"data.comparisons={tmp_path / 'few.jsonl'}", stage="reward") == 1
-    reason = "no comparison of the data set's images that would be for train, val, test"
+    reason = "no comparison of the data set's images that would be for the reward model's own train, val, test"
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path / 'few.jsonl'}: {reason}"
 
 

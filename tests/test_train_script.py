@@ -151,6 +151,21 @@ def test_new_eyes_leave_no_captioner_of_the_old_ones(copy, monkeypatch):
     assert "gold" not in json.loads((copy / "results/smoke/training_summary.json").read_text())
 
 
+def test_a_finished_stage_whose_model_is_gone_is_trained_again(copy):
+    lost = copy / "models/smoke/best_rlhf_model.pt"
+    before = weights(lost)
+    lost.unlink()
+    assert cli.train(["--config", str(SMOKE), "--resume"]) == 0
+    assert all((before[key] == value).all() for key, value in weights(lost).items())
+
+
+def test_a_base_model_keeps_the_words_of_its_alignment_model_and_says_so(copy, caplog):
+    command = ["--config", str(SMOKE), "--stage", "base", "base.fit.epochs=1"]
+    assert cli.train(command) == 0 and "which stays" not in caplog.text
+    assert cli.train([*command, "data.max_words=5"]) == 0
+    assert "models/smoke/alignment_model.pt: was trained with data.max_words=20, which stays (now it is 5); --stage" in caplog.text
+
+
 def test_a_data_set_that_is_not_there_takes_nothing_away(copy, capsys):
     before = {path: path.read_bytes() for path in sorted((copy / "models").rglob("*.pt"))}
     stages = (copy / "results/smoke/stages.json").read_text()
@@ -438,12 +453,15 @@ def test_a_second_run_of_the_same_name_waits_for_nobody(copy, capsys):
         (["data.source=jsonl", "data.path=missing.jsonl"], 2, "the reward stage needs data.ratings or data.comparisons"),
         (["rlhf.first=nothing.yaml"], 2, "nothing.yaml: No such file or directory"),
         (["rlhf.first=configs/smoke.yaml"], 2, "smoke.yaml: 'alignment' does not belong here: rlhf.first shares the run's models and data"),
+        (["rlhf.sparse=references", "rlhf.first=first.yaml"], 1, "models/smoke/best_reward_model.pt does not exist; the same command with"),
+        (["steps=4"], 2, "steps=4: unknown key 'steps'; did you mean 'sampler.steps'?"),
         (["data.train=0"], 1, "data.source=scenes: data.train, data.val, data.test and data.captions_per_image must be positive"),
         (["alignment.fit.lr=1e12", "data.train=64"], 1, "the gradient is not finite"),
     ],
 )
 def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, code, reason):
     monkeypatch.chdir(tmp_path)
+    Path("first.yaml").write_text("rlhf: {sparse: preference}")
     assert cli.train(["--config", str(SMOKE), *arguments]) == code
     errors = capsys.readouterr().err
     assert reason in errors and errors.count("\n") == 1

@@ -204,7 +204,9 @@ def _table(path: Path, wanted: str, captions: str | None = None) -> list[Item]:
         return [replace(item, draft=text) for item, texts in zip(items, several, strict=True) for text in texts]
     except ConfigError:
         raise
-    except Exception as error:  # of json, csv, pyarrow and the file system
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # of json, csv and pyarrow
         raise ConfigError(f"{path}: not a readable table: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -112,6 +112,8 @@ def refuse_others(folder: Path) -> None:
 
 def save_parts(folder: Path, parts: Parts) -> None:
     """Raises OSError or CheckpointError if the folder cannot be written, ConfigError if it holds files of these names of other hands."""
+    if folder.is_file():
+        raise ConfigError(f"{folder}: is a file, expected a folder")
     refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     eyes, payload = parts.eyes, eyes_payload(parts.eyes)

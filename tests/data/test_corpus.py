@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models
 
@@ -16,10 +17,13 @@ def corpus(*captions: tuple[str, ...], tokenizer: Tokenizer | None = None) -> Co
     return Corpus(examples, tokens, torch.zeros(len(captions), 1), tokenizer, max_words=4)
 
 
-def test_usable_captions_are_kept_and_every_image_keeps_one() -> None:
+def test_usable_captions_are_kept_and_every_image_keeps_one(caplog: pytest.LogCaptureFixture) -> None:
     found = corpus(("a dog", "a red dog runs fast", "a zebra", "dog red a zebra"), ("a red dog runs fast",), ("zebra",), ("...",)).captions
     a, dog, fast, red, runs = 2, 3, 4, 5, 6
     assert found == [[[a, dog], [dog, red, a, 1]], [[a, red, dog, runs]], [[1]], [[1]]] and fast == 4
+    assert caplog.messages == [
+        "3 of 4 images have no caption of at most 4 tokens (data.max_words), two thirds of them known: its beginning has to do"
+    ]
 
 
 def test_images_come_as_float32_in_the_order_asked() -> None:

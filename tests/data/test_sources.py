@@ -261,6 +261,22 @@ def test_coco(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         load("coco", write_json(tmp_path / "list.json", []))
 
 
+def test_coco_folder_with_its_images_inside(tmp_path: Path) -> None:
+    """Keys are those of the file named alone: ratings and comparisons name images by them."""
+    images, notes = [{"id": i, "file_name": f"{i}.png"} for i in range(3)], [{"image_id": i, "caption": "x"} for i in range(3)]
+    save_images(tmp_path / "c" / "images", *(f"{i}.png" for i in range(3)))
+    path = write_json(tmp_path / "c" / "captions_all.json", {"images": images, "annotations": notes})
+    assert load("coco", tmp_path / "c") == load("coco", path) and {key for some in load("coco", path).values() for key, _ in some} == {
+        "0.png", "1.png", "2.png"
+    }  # fmt: skip
+    path.rename(tmp_path / "c" / "notes.json")
+    with pytest.raises(SourceError, match=r"c: expected dataset_\*\.json or captions_\*\.json in it; data\.path may also name"):
+        load("coco", tmp_path / "c")
+    assert load("coco", tmp_path / "c" / "notes.json")
+    with pytest.raises(SourceError, match=r"c: no \*\.tar in it$"):
+        load("webdataset", tmp_path / "c")
+
+
 def test_coco_with_values_of_other_types(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_images(tmp_path, *(f"{i}.png" for i in range(9)))
     images: list[Any] = [{"id": i, "file_name": f"{i}.png"} for i in range(9)]

@@ -63,7 +63,7 @@ def test_a_part_that_is_missing_is_named(tmp_path):
 def test_missing_folder_and_empty(tmp_path):
     (tmp_path / "empty.pt").touch()
     assert failure(tmp_path / "nothing.pt") == "No such file or directory"
-    assert failure(tmp_path) == "Is a directory"
+    assert failure(tmp_path) == "is a folder; expected a file such as best_rlhf_model.pt in it"
     assert failure(tmp_path / "empty.pt") == "empty file"
 
 

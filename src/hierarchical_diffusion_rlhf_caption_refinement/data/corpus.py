@@ -1,5 +1,6 @@
 """One split of a data set as the models see it: image tokens, joint embeddings, captions as ids."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,14 +40,21 @@ class Corpus:
 
     @cached_property
     def captions(self) -> list[list[list[int]]]:
-        """Ids of each image's captions; those that are too long or more than a third unknown words are left out while others remain."""
+        """Ids of each image's captions, without those that are too long or more than a third unknown words; of images that have no others
+        the first words of one, which a warning counts."""
         unknown = unknown_id(self.tokenizer)
 
         def usable(ids: list[int]) -> bool:
             return 0 < len(ids) <= self.max_words and 3 * ids.count(unknown) <= len(ids)
 
         rows = [encode(self.tokenizer, example.captions) for example in self.examples]
-        return [[ids for ids in row if usable(ids)] or [row[0][: self.max_words] or [unknown]] for row in rows]
+        good = [[ids for ids in row if usable(ids)] for row in rows]
+        if cut := sum(not some for some in good):
+            told = (
+                "%d of %d images have no caption of at most %d tokens (data.max_words), two thirds of them known: its beginning has to do"
+            )
+            logging.getLogger(__name__).warning(told, cut, len(self), self.max_words)
+        return [some or [row[0][: self.max_words] or [unknown]] for some, row in zip(good, rows, strict=True)]
 
     @cached_property
     def row_of(self) -> dict[str, int]:

@@ -211,7 +211,10 @@ def _imagefolder(config: DataConfig) -> Iterator[Row]:
 
 def _coco(config: DataConfig) -> Iterator[Row]:
     """Karpathy's dataset_*.json, captions and split in each image, or COCO's captions_*.json with annotations, the split in its name."""
-    for file in _files(config.path, "dataset_*.json", "captions_*.json"):
+    names = "dataset_*.json", "captions_*.json"
+    if not (files := _files(config.path, *names)):
+        raise SourceError(f"{config.path}: expected {' or '.join(names)} in it; data.path may also name a file of another name")
+    for file in files:
         content, captions, root = parse_row(file.read_bytes(), "images"), defaultdict(list), _root(config)
         if content is None or not isinstance(content["images"], list):
             raise SourceError(f"{file}: expected an object with images")
@@ -228,10 +231,11 @@ def _coco(config: DataConfig) -> Iterator[Row]:
             if not (name and isinstance(name, str) and isinstance(folder, str) and isinstance(about.get("id"), Hashable)):
                 yield Row(where, problem="expected an object with file_name or filename (texts) and perhaps id (a number)")
                 continue
-            paths = [root / place / name for place in (folder, file.stem.removeprefix("captions_"), "")]
-            path = next((path for path in paths if path.is_file()), paths[0])
+            places, tops = (folder, file.stem.removeprefix("captions_"), ""), (root, file.parent / "images", file.parent)
+            found = ((top, path) for top in tops for place in places if (path := top / place / name).is_file())
+            top, path = next(found, (root, root / folder / name))
             texts = captions.pop(about.get("id"), []) if "annotations" in content else about.get("sentences")
-            yield Row(where, _name(path, root), texts, about.get("split") or _split_in(file.name), path)
+            yield Row(where, _name(path, top), texts, about.get("split") or _split_in(file.name), path)
         yield from (Row(f"{file}:annotations", problem=f"no image with id {image}") for image in captions)
 
 
@@ -254,7 +258,9 @@ def _sample(file: Path, name: str, key: str, parts: dict[str, Callable[[], bytes
 def _webdataset(config: DataConfig) -> Iterator[Row]:
     """Images stay within the tars, and shards of one name in two folders apart. What img2dataset counted in *_stats.json is reported."""
     links: Counter[str] = Counter()
-    for file in _files(config.path, "*.tar"):
+    if not (files := _files(config.path, "*.tar")):
+        raise SourceError(f"{config.path}: no *.tar in it")
+    for file in files:
         samples: dict[str, dict[str, Callable[[], bytes]]] = defaultdict(dict)
         try:
             with tarfile.open(file, "r:") as tar:

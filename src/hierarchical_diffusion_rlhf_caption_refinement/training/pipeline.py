@@ -1,6 +1,7 @@
 """The stages in order: what each needs, what it leaves, and the summary of a run."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,10 +55,15 @@ READ: dict[Stage, tuple[str, ...]] = {
 """Groups of the config that a kept stage must have been trained with."""
 OF_ONE = {"data.max_words": "alignment", "data.test": "reward", "data.ratings": "reward", "data.comparisons": "reward"}
 """Of the data's settings those that one stage alone goes by."""
+WORDS = ("data.source", "data.path", "data.tokenizer", "data.min_count", "data.max_words")
+"""What the vocabulary and the longest caption come from."""
 WHERE = ("data.path", "data.images", "data.downloads")
 """Where the data lie may change."""
 FETCHED = ("conceptual_captions", "hub")
 """Sources of links, of which some answer tomorrow and not today: a stage resumes on other images if they make as many updates an epoch."""
+
+
+WITHOUT = "--stage base does without, and with --config configs/references.yaml besides captions are the reward"
 
 
 class MissingStage(ValueError):
@@ -128,6 +134,8 @@ class Pipeline:
         self.check_judgements(stages)
         if self.first and "rlhf" in stages:
             self.first.check(["rlhf"])
+            if self.first.run.config.rlhf.sparse == "preference" and "reward" not in stages:
+                self.find("reward")  # with references as its own reward the run has no such stage
 
     def check_settings(self, stage: Stage) -> None:
         path, groups = self.run.config.models / FILES[stage], READ[stage]
@@ -146,9 +154,9 @@ class Pipeline:
         if not to_do:
             return
         if not path and data.source != "scenes":
-            raise ConfigError(f"data.source={data.source}: the reward stage needs data.ratings or data.comparisons")
+            raise ConfigError(f"data.source={data.source}: the reward stage needs data.ratings or data.comparisons; {WITHOUT}")
         if path and not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file; the reward stage would learn from it, --stage base does without")
+            raise ConfigError(f"{path}: no such file; the reward stage would learn from it; {WITHOUT}")
 
     def times(self) -> dict[str, float]:
         """Seconds of every stage that is complete, in the process that completed it."""
@@ -176,7 +184,8 @@ class Pipeline:
     def begin(self, stage: Stage) -> None:
         """A stage that starts over takes along what was built on it: nothing may be resumed on top of other weights, or told of them."""
         after = STAGES[STAGES.index(stage) :]
-        over = not (self.run.resume and self.run.last(stage).exists())
+        lost = stage in self.times() and not (self.run.config.models / FILES[stage]).exists()
+        over = lost or not (self.run.resume and self.run.last(stage).exists())
         if over and self.run.main:
             for name in reversed(after):
                 self.run.last(name).unlink(missing_ok=True)
@@ -193,7 +202,16 @@ class Pipeline:
     def base(self) -> None:
         if not self.run.config.start_from and not self.complete("alignment"):
             self.train(["alignment"])
+        self.tell_what_stays()
         train_base(self.holding(self.find("alignment")), self.eyes, self.with_training_looks())
+
+    def tell_what_stays(self) -> None:
+        """A base model writes words that the alignment model was taught, whatever the settings say now."""
+        path, now = self.find("alignment"), flat(to_plain(self.run.config))
+        made = flat(to_plain(settings_from(checkpoint.load(path, "alignment")["config"], path)))
+        for key in (key for key in WORDS if made[key] != now[key]):
+            told = "%s: was trained with %s=%s, which stays (now it is %s); --stage alignment would train it anew"
+            logging.getLogger(__name__).warning(told, path, key, made[key], now[key])
 
     def with_training_looks(self) -> dict[str, Corpus]:
         """The splits, with the training images seen in all the ways that the base model is to see them."""
@@ -246,7 +264,7 @@ class Pipeline:
         else:
             found, none = simulated(config, base, self.corpora), "no two captions to compare of the scenes"
         if few := [name for name in ("train", "val", "test") if not getattr(found, name).asked]:
-            raise ValueError(f"{source}: {none} that would be for {', '.join(few)}")
+            raise ValueError(f"{source}: {none} that would be for the reward model's own {', '.join(few)}")
         if tied := [name for name in ("train", "val") if not (getattr(found, name).label[: getattr(found, name).asked] < 2).any()]:
             raise ValueError(f"{source}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
         return found

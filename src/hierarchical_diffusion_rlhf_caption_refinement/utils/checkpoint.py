@@ -86,6 +86,8 @@ def kind_of(path: str | Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     refused = CheckpointError(f"{path}: refused: it holds Python objects, which can run code when loaded; none of it was run")
     damaged = CheckpointError(f"{path}: damaged or cut short")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; expected a file such as best_rlhf_model.pt in it")
     try:
         with path.open("rb") as file:
             start = file.read(4)

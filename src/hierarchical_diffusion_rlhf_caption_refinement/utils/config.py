@@ -116,7 +116,7 @@ class DataConfig(Group):
     captions_per_image: int = 3
     """Captions that scenes writes per image; other sources have their own."""
     max_words: int = 20
-    """Longest caption, in tokens; longer ones are left out of training."""
+    """Longest caption, in tokens; longer ones are left out of training, or cut where an image has no other."""
     tokenizer: str = "words"
     """`words`: a word vocabulary built from the training captions; else a Hugging Face tokenizer id or directory."""
     min_count: int = 1
@@ -476,8 +476,8 @@ def _check_keys(tree: Any, where: str, prefix: str = "") -> None:
         if value == "???":  # OmegaConf's word for a value that is missing: it would be passed over
             raise ConfigError(f"{where}: '{key}' has no value")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
+            near = f"sampler.{key}" if f"sampler.{key}" in known else difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
         if isinstance(value, dict):
             _check_keys(value, where, key + ".")
         elif inside := [k for k in known if k.startswith(key + ".")]:
