@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hierarchical_diffusion_rlhf_caption_refinement.ablate import ablate, exit_code, run_all, to_do
+from hierarchical_diffusion_rlhf_caption_refinement.training import ablation
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
-from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved
+from hierarchical_diffusion_rlhf_caption_refinement.utils.files import reserved, write_json
 from hierarchical_diffusion_rlhf_caption_refinement.utils.grid import read_grid
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
@@ -62,18 +63,30 @@ def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path
     again = json.loads(Path("out/few/sparse_only/0.json").read_text())
     assert report["comparisons"]["train"] == 40 == again["config"]["reward.comparisons"] and again["rows"] != records["sparse_only"]["rows"]
     grid.write_text(GRID)
-    Path("before.yaml").write_text("shaping: {clip_weight: 0.2}")
-    grid.write_text(GRID.replace("  one_member:", "  two_rounds: {rlhf.first: before.yaml}\n  one_member:"))
-    two, first = [*command, "--only", "few/two_rounds/0"], Path("models/ablation/toy/few/two_rounds/0/first/best_rlhf_model.pt")
-    assert ablate(two) == 0 and (kept := first.read_bytes())
-    Path("out/few/two_rounds/0.json").unlink()
-    assert ablate(two) == 0 and first.read_bytes() == kept  # nothing has changed
-    grid.write_text(grid.read_text().replace("rlhf.fit.epochs: 1", "rlhf.fit.epochs: 1, rlhf.fit.lr: 0.01"))
-    assert ablate(two) == 0 and first.read_bytes() != kept
     grid.write_text(GRID)
     capsys.readouterr()
     assert ablate([str(grid), "--output", "out", "--report-only"]) == 0
     assert capsys.readouterr().out.strip().endswith("out/README.md") and "| one member | 1 |" in Path("out/README.md").read_text()
+
+
+def test_what_other_settings_trained_takes_its_first_round_along(grid: Path, monkeypatch: pytest.MonkeyPatch):
+    Path("before.yaml").write_text("shaping: {clip_weight: 0.2}")
+    grid.write_text(GRID.replace("  one_member:", "  two_rounds: {rlhf.first: before.yaml}\n  one_member:"))
+    loaded = read_grid(grid)
+    job = next(job for job in loaded.jobs() if job.name == "few/two_rounds/0")
+    monkeypatch.setattr(ablation.Pipeline, "train", lambda self, stages: None)
+    monkeypatch.setattr(ablation, "record", lambda *args: {})
+    reward = Path("models/ablation/toy/few/reward/0/best_reward_model.pt")  # looked for, not read
+    reward.parent.mkdir(parents=True)
+    reward.touch()
+    told, kept = job.results / "first/stages.json", Path("models/ablation/toy/few/two_rounds/0/first/last_rlhf.pt")
+    for settings, left in ((job.settings(), True), (job.settings() | {"rlhf.fit.lr": 0.5}, False)):
+        write_json(told, {"rlhf": 1.0})
+        write_json(job.kept_settings, settings)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch()
+        ablation.run_job(loaded, job, Path("out"))
+        assert kept.exists() == left and json.loads(told.read_text()) == ({"rlhf": 1.0} if left else {})
 
 
 def test_only_what_is_missing_is_done_in_order(grid: Path):
