@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,17 +67,13 @@ class Reveal(DiffusionCaptionModel):
         return write_captions(self, corpus, rows, plan, 0, alignment=alignment).texts
 
 
-class Grouped(DiffusionCaptionModel):
-    def loss(self, batch: CaptionBatch) -> Tensor:
-        order = batch.length.argsort(stable=True)
-        return torch.cat([self._loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
-
-    def _loss(self, batch: CaptionBatch) -> Tensor:
-        """Of each caption."""
-        raise NotImplementedError
+def by_length(batch: CaptionBatch, loss: Callable[[CaptionBatch], Tensor]) -> Tensor:
+    """The mean of each caption's loss, computed among captions of about the same length, as the project's model does."""
+    order = batch.length.argsort(stable=True)
+    return torch.cat([loss(batch.rows(group)) for group in order.chunk(LENGTH_GROUPS)]).mean()
 
 
-class Bidirectional(Grouped):
+class Bidirectional(DiffusionCaptionModel):
     def states(self, x0: Tensor, masked: Tensor, length: Tensor, memory) -> Tensor:
         place = torch.arange(x0.shape[1]).expand_as(x0)
         hidden = self.embed(torch.where(masked[..., None], self.mask, self.wte(x0)), place, length)
@@ -84,6 +81,9 @@ class Bidirectional(Grouped):
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, attend, image)
         return self.to_logits(hidden)
+
+    def loss(self, batch: CaptionBatch) -> Tensor:
+        return by_length(batch, self._loss)
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
         valid, memory = valid_positions(batch.length, batch.x0.shape[1]), self.read_image(batch.image, batch.seen, batch.kept)
@@ -111,7 +111,7 @@ class Bidirectional(Grouped):
         return decode_rows(corpus.tokenizer, x0, length)
 
 
-class Autoregressive(Grouped):
+class Autoregressive(DiffusionCaptionModel):
     def next_logits(self, x0: Tensor, memory, first: int = 0) -> Tensor:
         """(B, T + 1 - first, V): logits of each word from `first` on and of the one after the last, given those before.
 
@@ -123,6 +123,9 @@ class Autoregressive(Grouped):
         for block, image in zip(self.h, memory.layers, strict=True):
             hidden, _ = block(hidden, causal, image)
         return self.to_logits(hidden[:, first:])
+
+    def loss(self, batch: CaptionBatch) -> Tensor:
+        return by_length(batch, self._loss)
 
     def _loss(self, batch: CaptionBatch) -> Tensor:
         target = F.pad(batch.x0 * valid_positions(batch.length, batch.x0.shape[1]), (0, 1), value=END)

@@ -139,10 +139,13 @@ def _gather(rows: Iterator[Row], errors: list[str]) -> list[Found]:
 
 
 def _files(path: str, *patterns: str) -> list[Path]:
-    """The file itself, all of a folder that match, or those of a glob, sorted."""
+    """The file itself, all of a folder that match, or those of a glob, sorted. Raises SourceError if a folder has none."""
     root = Path(path)
     if root.is_dir():
-        return sorted(file for pattern in patterns for file in root.rglob(pattern))
+        found = sorted(file for pattern in patterns for file in root.rglob(pattern))
+        if not found:
+            raise SourceError(f"{path}: expected a folder with {', '.join(patterns)}")
+        return found
     return sorted(map(Path, glob(path, recursive=True))) if re.search(r"[*?[]", path) else [root]
 
 
@@ -201,20 +204,16 @@ def _folder(config: DataConfig) -> Iterator[Row]:
 def _imagefolder(config: DataConfig) -> Iterator[Row]:
     """As `datasets` reads it: metadata files in the folder or below it name images relative to themselves, folders split them."""
     names = "metadata.jsonl", "metadata.csv", "metadata.parquet"
-    files = _files(config.path, *names) if Path(config.path).is_dir() else []
-    if not files:
+    if not Path(config.path).is_dir():
         raise SourceError(f"{config.path}: expected a folder with {', '.join(names)}")
-    for row in (row for file in files for row in _table(file, file.parent, "file_name", "text")):
+    for row in (row for file in _files(config.path, *names) for row in _table(file, file.parent, "file_name", "text")):
         key = _name(row.path, Path(config.path)) if row.path else ""
         yield replace(row, key=key, split=row.split or _split_in(key.rpartition("/")[0], "/"))
 
 
 def _coco(config: DataConfig) -> Iterator[Row]:
     """Karpathy's dataset_*.json, captions and split in each image, or COCO's captions_*.json with annotations, the split in its name."""
-    names = "dataset_*.json", "captions_*.json"
-    if not (files := _files(config.path, *names)):
-        raise SourceError(f"{config.path}: expected {' or '.join(names)} in it; data.path may also name a file of another name")
-    for file in files:
+    for file in _files(config.path, "dataset_*.json", "captions_*.json"):
         content, captions, root = parse_row(file.read_bytes(), "images"), defaultdict(list), _root(config)
         if content is None or not isinstance(content["images"], list):
             raise SourceError(f"{file}: expected an object with images")
@@ -258,9 +257,7 @@ def _sample(file: Path, name: str, key: str, parts: dict[str, Callable[[], bytes
 def _webdataset(config: DataConfig) -> Iterator[Row]:
     """Images stay within the tars, and shards of one name in two folders apart. What img2dataset counted in *_stats.json is reported."""
     links: Counter[str] = Counter()
-    if not (files := _files(config.path, "*.tar")):
-        raise SourceError(f"{config.path}: no *.tar in it")
-    for file in files:
+    for file in _files(config.path, "*.tar"):
         samples: dict[str, dict[str, Callable[[], bytes]]] = defaultdict(dict)
         try:
             with tarfile.open(file, "r:") as tar:

@@ -64,6 +64,7 @@ FETCHED = ("conceptual_captions", "hub")
 
 
 WITHOUT = "--stage base does without, and with --config configs/references.yaml besides captions are the reward"
+"""What works where nobody has judged captions."""
 
 
 class MissingStage(ValueError):
@@ -265,7 +266,7 @@ class Pipeline:
             found, none = simulated(config, base, self.corpora), "no two captions to compare of the scenes"
         if few := [name for name in ("train", "val", "test") if not getattr(found, name).asked]:
             raise ValueError(f"{source}: {none} that would be for the reward model's own {', '.join(few)}")
-        if tied := [name for name in ("train", "val") if not (getattr(found, name).label[: getattr(found, name).asked] < 2).any()]:
+        if tied := [name for name in ("train", "val") if not ((pairs := getattr(found, name)).label[: pairs.asked] < 2).any()]:
             raise ValueError(f"{source}: nobody preferred a caption to another in what would be for {', '.join(tied)}: all ties")
         return found
 
