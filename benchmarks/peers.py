@@ -173,6 +173,7 @@ def build(peer: str, eyes: Eyes) -> DiffusionCaptionModel:
     return PEERS[peer](
         eyes.tokenizer.get_vocab_size(), eyes.config.data.max_words + ends, eyes.vision.num_tokens, eyes.vision.width,
         width=base.width, layers=base.layers, heads=base.heads, dropout=base.dropout, banned=banned,
+        end=END if peer == "reveal" and base.open_end else None,
     )  # fmt: skip
 
 
@@ -184,11 +185,24 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
         search = {name: SamplerConfig(order="left_to_right", beams=k, clip=clip) for name, (k, clip) in wide.items()}
         agreed = SamplerConfig(order="left_to_right", beams=25, clip=3.0, consensus=1.0)
         return {"greedy": SamplerConfig()} | search | {"25 beams, CLIP, consensus": agreed}
+    if peer == "reveal" and config.base.open_end:
+        return open_plans(words)
     return {
         f"left to right, {words} steps": SamplerConfig(steps=words, order="left_to_right"),
         **{f"most confident first, {k} steps": SamplerConfig(steps=k, order="confidence") for k in (4, 8, 12)},
         **(reveal_plans() if peer == "reveal" else {}),
     }
+
+
+def open_plans(words: int) -> dict[str, SamplerConfig]:
+    """As the autoregressive one writes, and what it cannot do: read its captions from the right, write in any order."""
+    plain = SamplerConfig(steps=words, order="open_end")
+    wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
+    search = {name: replace(plain, beams=k, clip=clip) for name, (k, clip) in wide.items()}
+    both = replace(plain, beams=25, clip=4.0, both_ways=True)
+    told = {f"length first, left to right, {words} steps": replace(plain, order="left_to_right"), "spread, 4 steps": SamplerConfig(steps=4)}
+    read = {"25 beams, CLIP, read both ways": both, "25 beams, CLIP, consensus, read both ways": replace(both, consensus=3.0)}
+    return {"greedy": plain} | search | read | told
 
 
 def reveal_plans() -> dict[str, SamplerConfig]:

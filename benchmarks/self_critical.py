@@ -81,7 +81,7 @@ def refine(model: Autoregressive, corpora: dict[str, Corpus], config: Config, al
             x0 = draw(model, image, settings.group, settings.temperature)
             logp = log_likelihood(model, x0, image, settings.temperature)
         length, blank = (x0 != END).sum(1), torch.zeros(x0.shape)
-        reward = sparse(train, rows, Trajectory(x0, x0, length, blank, blank, blank[:, 0], None))  # read: words and lengths
+        reward = sparse(train, rows, Trajectory(x0, x0, length, length, blank, blank, blank[:, 0], None))  # read: words and lengths
         worth = advantage(reward, cosine(x0, length), config.shaping.clip_weight, settings.group)
         loss = -(worth * logp).mean() / x0.shape[1]
         loss.backward()

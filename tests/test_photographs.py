@@ -14,7 +14,9 @@ import yaml
 from transformers import AutoModel, CLIPImageProcessorPil, ViTConfig, ViTModel
 
 from hierarchical_diffusion_rlhf_caption_refinement import cli
+from hierarchical_diffusion_rlhf_caption_refinement.captioner import Captioner, Wishes
 from hierarchical_diffusion_rlhf_caption_refinement.data.scenes import render, sample_scene, write_caption
+from hierarchical_diffusion_rlhf_caption_refinement.utils.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ["train"] * 10 + ["val"] * 4 + ["test"] * 10
@@ -49,7 +51,10 @@ def collection(folder: Path, rated: int) -> None:
     config["data"] = {"source": "jsonl", "train": 0, "val": 0, "test": 0, "max_words": 12} | {k: str(folder / v) for k, v in names.items()}
     config["vision"] = {"backbone": str(folder / "backbone"), "width": 16}
     config["reward"] |= {"comparisons": 0, "curve": [5, 300], "repeats": 0.5}
-    config["base"] |= {"mirror": True, "crops": 1, "patch_dropout": 0.5}
+    config["base"] |= {"mirror": True, "crops": 1, "patch_dropout": 0.5, "open_end": 0.6}
+    config["sampler"] = {"steps": 12, "order": "open_end"}
+    config["rlhf"] |= {"steps": 12, "order": "open_end"}
+    config["shaping"] = {"dense": "leave_one_word_out"}
     for stage in ("alignment", "base", "reward", "rlhf"):
         config[stage]["fit"] |= {"epochs": 1, "batch_size": 5}
     config["rlhf"]["fit"] |= {"epoch_size": 10}
@@ -118,6 +123,24 @@ def test_a_photograph_is_captioned(photographs, tmp_path, monkeypatch):
     (row,) = json.loads(Path("found.json").read_text())
     assert row["caption"] and row["error"] is None and isinstance(row["reward"], float)
     assert row["tokens"] and set(row["caption"].split()) == {token["token"] for token in row["tokens"]}
+
+
+def test_captions_with_an_open_end_obey_and_stream(photographs):
+    captioner = Captioner.from_pretrained(photographs / "models/photographs")
+    image = photographs / "collection/images/15.jpg"
+    for low, high in ((1, 2), (5, 6), (12, 12)):
+        assert low <= len(captioner(image, min_words=low, max_words=high)[0].tokens) <= high
+    assert captioner(image, wishes=Wishes(template="there is [MASK]"))[0].text.startswith("there is ")
+    assert "red" in captioner(image, wishes=Wishes(must_include=("red",)))[0].text.split()
+    assert captioner(image, order="spread", steps=3)[0].steps <= 3
+    said = captioner(image, beams=4, both_ways=True, clip=1.0)[0].text
+    assert said and all(word in captioner.eyes.tokenizer.get_vocab() for word in said.split())
+    *drafts, last = captioner.stream(image, seed=1, temperature=1.0)
+    assert last == captioner(image, seed=1, temperature=1.0)[0] and len(drafts) in (last.steps, last.steps + 1)
+    for t, draft in enumerate(drafts[: last.steps]):
+        assert draft.text == " ".join([*(token.token for token in last.tokens[:t]), "[MASK]"])
+    with pytest.raises(ConfigError, match="order=open_end takes one for each of up to 12 tokens"):
+        captioner(image, steps=4)
 
 
 def test_the_networks_move_together(photographs, tmp_path):

@@ -228,8 +228,9 @@ class Captioner:
         return captions
 
     def stream(self, image: str | Path | Image, seed: int = 0, wishes: Wishes = FREE, **settings: object) -> Iterator[Caption]:
-        """The caption while it is denoised, [MASK] where a word is still to come: before the first step (its length comes first), after
-        each step, and at last, complete, that of a call, which alone has a reward and a confidence.
+        """The caption while it is denoised, [MASK] where a word is still to come: before the first step (its length comes first; with
+        an open end one more word is to come), after each step, and at last, complete, that of a call, which alone has a reward and a
+        confidence.
 
         Shown is the first caption drawn. What takes its place, a better candidate or one found to obey, and the outcome of a beam search
         come at once, as the last. Raises what a call raises.

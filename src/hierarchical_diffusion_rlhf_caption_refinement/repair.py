@@ -19,7 +19,7 @@ from .data.corpus import Corpus
 from .data.text import decode, pad, said, unknown_id, words_and_owners
 from .models.alignment import leave_one_word_out
 from .models.denoiser import DiffusionCaptionModel
-from .models.diffusion import HIDDEN, steps_from_left
+from .models.diffusion import HIDDEN
 from .models.reward import EVEN, Dials, RewardModel
 from .models.sampler import UNKNOWN, noise_for, sample, score
 from .utils.config import SamplerConfig
@@ -199,8 +199,8 @@ class Editor:
 
     def nats(self, x0: Tensor, length: Tensor, image: Tensor, seen: bool) -> Float[Tensor, " B"]:
         """Log-likelihood of whole captions, read from the left, with or without the image; words that are not known cancel out."""
-        step = steps_from_left(length, x0.shape[1])
-        return score(self.denoiser, x0, step, length, image, seen=torch.tensor([seen], device=x0.device)).logp.clamp(min=-100).sum(1)
+        rows = self.denoiser.from_left(x0, length)
+        return score(self.denoiser, *rows, image, seen=torch.tensor([seen], device=x0.device)).logp.clamp(min=-100).sum(1)
 
     def fillings(self, draft: Draft, holes: Sequence[Span], image: Tensor, key: object, seed: int) -> dict[str, list[int]]:
         """Captions with other words in place of the words from the first to the last of a hole, and their tokens."""

@@ -89,7 +89,7 @@ def test_clip_chooses_among_the_captions_of_a_search(corpus: Corpus, model: Diff
 
 def test_candidates_are_picked_within_each_image() -> None:
     x0 = torch.arange(6)[:, None]
-    t = Trajectory(x0, x0, x0[:, 0], x0.float(), x0.float(), x0[:, 0].float(), None)
+    t = Trajectory(x0, x0, x0[:, 0], x0[:, 0], x0.float(), x0.float(), x0[:, 0].float(), None)
     best, score = best_candidates(t, torch.tensor([1.0, 3.0, 2.0, 9.0, 8.0, 7.0]), 3)
     assert best.x0.flatten().tolist() == [1, 3] and score.tolist() == [3.0, 9.0]
 

@@ -272,7 +272,7 @@ def test_guidance_one_is_none_and_more_leans_on_the_image(toy: Toy) -> None:
     assert (strong.x0[written] > 1).all()
 
 
-@pytest.mark.parametrize("order", get_args(Order))
+@pytest.mark.parametrize("order", [*ROLLOUT_ORDERS, "confidence"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_banned_tokens_are_never_written_and_the_rest_stays_a_distribution(toy: Toy, order: Order, temperature: float) -> None:
     model, image = toy(max_length=8), torch.randn(3, 3, 4)

@@ -186,7 +186,7 @@ def test_the_loss_of_a_caption_does_not_depend_on_its_batch_or_padding() -> None
     parts = []
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
-        names = ("x0", "step", "length", "logp", "length_logp", "advantage", "length_advantage", "reference")
+        names = ("x0", "step", "told", "logp", "length_logp", "advantage", "length_advantage", "reference")
         part = {name: getattr(junk, name)[rows] for name in names}
         one = replace(junk, **part, image=image[i : i + 1], length_reference=rollout.length_reference[i : i + 1])
         parts.append(gradients(model, policy_loss(model, one, config, 0.3, allowed)[0]))
@@ -284,7 +284,7 @@ def test_the_ratio_starts_at_one_whichever_probabilities_are_improved(world: Any
     trainer = trainer_of(world, run_of, rlhf={"logprob": logprob})
     trainer.reference = world.denoiser(1).requires_grad_(False)
     rollout, config = trainer.roll(0), trainer.config.rlhf
-    mine, base = (score(m, rollout.x0, rollout.step, rollout.length, rollout.image, config.temperature)
+    mine, base = (score(m, rollout.x0, rollout.step, rollout.told, rollout.image, config.temperature)
                   for m in (trainer.policy, trainer.reference))  # fmt: skip
     torch.testing.assert_close(mine.logp, rollout.logp, atol=1e-5, rtol=0)
     torch.testing.assert_close(base.distribution, rollout.reference)
@@ -292,7 +292,7 @@ def test_the_ratio_starts_at_one_whichever_probabilities_are_improved(world: Any
     assert set(rollout.step[written].tolist()) == ({1} if logprob == "mean_field" else {1, 2, 3})
     if logprob == "mean_field":  # no token knows of another
         other = torch.where(torch.arange(12) == 0, (rollout.x0 % 3) + 5, rollout.x0)
-        seen = score(trainer.policy, other, rollout.step, rollout.length, rollout.image, config.temperature)
+        seen = score(trainer.policy, other, rollout.step, rollout.told, rollout.image, config.temperature)
         torch.testing.assert_close(seen.logp[:, 1:], rollout.logp[:, 1:], atol=1e-5, rtol=0)
 
 
@@ -342,7 +342,7 @@ def test_dense_reward_of_a_rollout(world: Any) -> None:
     x0, step = torch.tensor([[*ids, 0]]), torch.tensor([[2, 1, 2, HIDDEN]])
     drafts = torch.tensor([[[ids[0], ids[0], ids[0], 0], [ids[0], ids[1], ids[0], 0], [*ids, 0]]])
     zero = torch.zeros(1, 4)
-    t = Trajectory(x0, step, torch.tensor([3]), zero, zero, zero[:, 0], drafts)
+    t = Trajectory(x0, step, torch.tensor([3]), torch.tensor([3]), zero, zero, zero[:, 0], drafts)
     joint = world.corpora["train"].joint[:1]
     words = dense_reward(alignment, world.words, t, joint, ShapingConfig(dense="leave_one_word_out"), 2)
     assert words.credited.tolist() == [[False, True, True, False]]
@@ -357,7 +357,7 @@ def test_dense_reward_of_a_rollout(world: Any) -> None:
 
 
 def test_captions_that_decode_to_blanks_earn_nothing(world: Any) -> None:
-    t = Trajectory(*(torch.ones(1, 2, dtype=torch.long),) * 2, torch.tensor([2]), *(torch.zeros(1, 2),) * 2, torch.zeros(1), None)
+    t = Trajectory(*(torch.ones(1, 2, dtype=torch.long),) * 2, *(torch.tensor([2]),) * 2, *(torch.zeros(1, 2),) * 2, torch.zeros(1), None)
     shaping = ShapingConfig(dense="leave_one_word_out")
     dense = dense_reward(world.eyes.alignment, lambda ids: ([], [0] * len(ids)), t, world.corpora["train"].joint[:1], shaping, 1)
     assert not dense.credited.any() and not dense.token.any()

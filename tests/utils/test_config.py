@@ -187,7 +187,21 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override, named
         (["rlhf.group=1"], "rlhf.group must be at least 2: captions are compared within it"),
         (
             ["rlhf.order=confidence"],
-            "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
+            "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right, open_end or plackett_luce",
+        ),
+        (["base.open_end=1.5"], "base.open_end=1.5: must be in [0, 1]"),
+        (["sampler.order=open_end"], "sampler.order=open_end needs base.open_end: a model that was told all lengths cannot end"),
+        (
+            ["sampler.order=open_end", "sampler.remask=1"],
+            "sampler.order=open_end knows no length: lengths=1, remask=0 and threshold=0 go with it",
+        ),
+        (
+            ["sampler.order=open_end", "base.open_end=0.5", "data.max_words=9"],
+            "sampler.steps=8: order=open_end takes one for each of up to 9 tokens, spread can do with few",
+        ),
+        (
+            ["rlhf.order=open_end", "base.open_end=0.5", "rlhf.steps=30"],
+            "shaping.dense=step_potential needs drafts, and these a length: rlhf.order=open_end has none",
         ),
         (["rlhf.temperature=0"], "rlhf.temperature must be positive: a greedy policy does not explore"),
         (["rlhf.inner_updates=3"], "rlhf.fit.save_every must be a multiple of rlhf.inner_updates"),

@@ -40,7 +40,7 @@ class Written:
     reward: Float[Tensor, " B"] | None
 
 
-PARTS = ("x0", "step", "length", "logp", "confidence", "length_logp")
+PARTS = ("x0", "step", "length", "told", "logp", "confidence", "length_logp")
 """Of a trajectory, without its drafts."""
 
 

@@ -1,4 +1,4 @@
-"""Beam search from the left over several lengths at once: the likeliest caption per token, where greedy decoding commits at once.
+"""Beam search from the left, over several lengths at once or with an open end: the likeliest caption per token.
 
 Axes: N images, L lengths, K beams, R = N x L x K captions in the making, T caption length, V vocabulary.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..utils.config import SamplerConfig
-from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
-from .diffusion import steps_from_left, valid_positions
-from .sampler import Noise, Trajectory, denoise, likelihood, policy_logp, score
+from .denoiser import OPEN, Cache, DiffusionCaptionModel, Rows, bounded_length_logp
+from .diffusion import revealed, steps_from_left, valid_positions
+from .sampler import Noise, Trajectory, denoise, likelihood, not_yet, policy_logp, score
 
 Fit = Callable[[Int[Tensor, "R T"], Int[Tensor, " R"]], Float[Tensor, " R"]]
 """Ids and lengths -> how well each caption fits its image."""
@@ -45,33 +45,42 @@ def beam_search(
     banned: Bool[Tensor, " V"] | None = None,
     fit: Fit | None = None,
 ) -> Trajectory:
-    """One caption per image: the best of `plan.beams` for each of the `plan.lengths` likeliest lengths.
+    """One caption per image: the best of `plan.beams` for each of the `plan.lengths` likeliest lengths, or with an open end.
 
-    Best is nats per token, the length counted as one, plus `plan.clip` times `fit`, plus `plan.consensus` times `consensus`. With
+    Best is nats per token, the length or END counted as one, plus `plan.clip` times `fit`, plus `plan.consensus` times `consensus`. With
     `plan.both_ways` nats are the mean of two readings, from the left and from the right: captions found by one reading are those that
     it overrates.
     """
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
     low, high = plan.min_words, min(plan.max_words or model.max_length, model.max_length)
+    open_end = plan.order == "open_end"
     tried = bounded_length_logp(memory.length_logits, low, high).topk(min(plan.lengths, high - low + 1), 1).indices
     free = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths, and make none likelier
     length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free))
+    if open_end:
+        length, length_logp = torch.full_like(length, high), torch.zeros_like(length_logp)  # until END comes
+    told = torch.full_like(length, OPEN) if open_end else length
     x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
     total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one
     cache = Cache.empty(len(model.h), len(length), image.device)
     new = Rows(x0[:, :0], x0[:, :0].bool())
     for t in range(int(length.max())):
         ask = Rows(torch.full_like(length, t)[:, None], (t < length)[:, None])
-        logits, cache = model.advance(cache, x0, new, ask, length, memory)
-        logp = policy_logp(logits[:, 0], 1.0, banned=banned)
+        logits, cache = model.advance(cache, x0, new, ask, told, memory)
+        logp = policy_logp(logits[:, 0], 1.0, banned=not_yet(model, banned, t, low))
         stay = torch.full_like(logp, -torch.inf)
         stay[:, 0] = 0.0  # a finished caption only goes on as it is
         reached = (total[:, None] + torch.where(ask.valid, logp, stay)).view(len(total) // beams, -1).topk(beams, 1)
         parent = (reached.indices // logp.shape[1] + torch.arange(0, len(total), beams, device=image.device)[:, None]).flatten()
-        total, x0, cache = reached.values.flatten(), x0[parent], _reordered(cache, parent)
-        x0[:, t] = (reached.indices % logp.shape[1]).flatten()
-        new = ask
+        total, x0, cache, length = reached.values.flatten(), x0[parent], _reordered(cache, parent), length[parent]
+        token = (reached.indices % logp.shape[1]).flatten()
+        if open_end:
+            length = torch.where((token == model.end) & (t < length), t, length)
+        x0[:, t] = torch.where(t < length, token, 0)
+        new = Rows(ask.position, (t < length)[:, None])
+        if not new.valid.any():
+            break
     worth = (total + length_logp) / (length + 1)
     if plan.both_ways:
         own = zip(x0.chunk(n), length.chunk(n), image.split(1), strict=True)
@@ -82,7 +91,7 @@ def beam_search(
         worth = worth + plan.consensus * consensus(x0, length, len(x0) // n)
     worth = worth.view(n, -1)
     best = worth.argmax(1) + torch.arange(0, len(total), worth.shape[1], device=image.device)
-    return _told(model, x0[best], length[best], image, banned)
+    return _scored(model, x0[best], length[best], open_end, image, banned)
 
 
 def consensus(x0: Int[Tensor, "R T"], length: Int[Tensor, " R"], group: int) -> Float[Tensor, " R"]:
@@ -111,9 +120,11 @@ def _reordered(cache: Cache, parent: Tensor) -> Cache:
     return Cache([pair and (pair[0][parent], pair[1][parent]) for pair in cache.layers], cache.valid[parent])
 
 
-def _told(model: DiffusionCaptionModel, x0: Tensor, length: Tensor, image: Tensor, banned: Tensor | None) -> Trajectory:
+def _scored(model: DiffusionCaptionModel, x0: Tensor, length: Tensor, open_end: bool, image: Tensor, banned: Tensor | None) -> Trajectory:
     """The captions as trajectories that reveal one token after the other."""
-    step = steps_from_left(length, x0.shape[1])
-    found = score(model, x0, step, length, image, banned=banned)
-    confidence = torch.where(valid_positions(length, x0.shape[1]), found.distribution.amax(-1).exp(), 0.0)
-    return Trajectory(x0, step, length, found.logp, confidence, found.length_logp, None)
+    step, told = steps_from_left(length, x0.shape[1]), length
+    if open_end:
+        x0, step, told = model.from_left(x0, length)
+    found = score(model, x0, step, told, image, banned=banned)
+    confidence = torch.where(revealed(step), found.distribution.amax(-1).exp(), 0.0)
+    return Trajectory(x0, step, length, told, found.logp, confidence, found.length_logp, None)

@@ -14,7 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .diffusion import steps_from_left, valid_positions
 from .layers import Block, KeyValue, init_weights
+
+OPEN = 0
+"""Told in place of a length: the caption is written from the left, and an end token closes it."""
 
 
 class Prediction(NamedTuple):
@@ -60,13 +64,16 @@ class DiffusionCaptionModel(nn.Module):
         heads: int,
         dropout: float = 0.0,
         banned: tuple[int, ...] = (),
+        end: int | None = None,
     ) -> None:
-        """`banned`: token ids (padding, unknown) that have probability 0 everywhere."""
+        """`banned`: token ids (padding, unknown) that have probability 0 everywhere; but `end`, one of them, closes captions whose length
+        is not told. None: all lengths are told."""
         super().__init__()
-        self.max_length = max_length
+        self.max_length, self.end = max_length, end
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(max_length, width)
         self.remaining = nn.Embedding(max_length, width)  # tokens still to come: position and length in one
         self.mask = nn.Parameter(torch.zeros(width))
+        self.untold = None if end is None else nn.Parameter(torch.zeros(width))  # in place of the tokens still to come
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
@@ -96,13 +103,21 @@ class DiffusionCaptionModel(nn.Module):
         return ImageMemory([b.crossattention.remember(tokens) for b in blocks], self.length_head(tokens.mean(1)).float())
 
     def embed(self, rows: Float[Tensor, "B R W"] | Tensor, position: Int[Tensor, "B R"], length: Int[Tensor, " B"]) -> Tensor:
-        to_come = (length[:, None] - 1 - position).clamp(min=0)
-        return self.drop(rows + self.wpe(position) + self.remaining(to_come))
+        to_come = self.remaining((length[:, None] - 1 - position).clamp(min=0))
+        if self.untold is not None:
+            to_come = torch.where((length == OPEN)[:, None, None], self.untold, to_come)
+        return self.drop(rows + self.wpe(position) + to_come)
 
-    def to_logits(self, hidden: Float[Tensor, "B R W"]) -> Float[Tensor, "B R V"]:
+    def to_logits(self, hidden: Float[Tensor, "B R W"], may_end: Bool[Tensor, "B R"] | None = None) -> Float[Tensor, "B R V"]:
+        """`may_end`: the rows where the caption may be over; None: nowhere."""
         weight = self.wte.weight
         bias = weight.new_zeros(len(weight)).masked_fill(~self.allowed, -torch.inf)
-        return F.linear(self.ln_f(hidden), weight, bias).float()
+        if self.end is None or may_end is None:
+            return F.linear(self.ln_f(hidden), weight, bias).float()
+        bias[self.end] = 0
+        logits = F.linear(self.ln_f(hidden), weight, bias).float()
+        logits[..., self.end] = logits[..., self.end].masked_fill(~may_end, -torch.inf)
+        return logits
 
     def streams(
         self, x0: Int[Tensor, "B T"], step: Int[Tensor, "B T"], length: Int[Tensor, " B"], memory: ImageMemory | None
@@ -128,9 +143,13 @@ class DiffusionCaptionModel(nn.Module):
         seen: Bool[Tensor, " N"] | None = None,
         kept: Int[Tensor, "N K"] | None = None,
     ) -> Prediction:
-        """Logits of token i given the image and every token j with `step[j] < step[i]`; captions of one image stand together."""
+        """Logits of token i given the image and every token j with `step[j] < step[i]`; captions of one image stand together.
+
+        `length` is what the model is told; where that is OPEN, END stands among the tokens.
+        """
         memory = self.read_image(image, seen, kept)
-        return Prediction(self.to_logits(self.streams(x0, step, length, memory)[-1]), memory.length_logits)
+        hidden = self.streams(x0, step, length, memory)[-1]
+        return Prediction(self.to_logits(hidden, may_end(length, torch.arange(x0.shape[1], device=x0.device))), memory.length_logits)
 
     def advance(
         self, cache: Cache, x0: Int[Tensor, "B T"], new: Rows, ask: Rows, length: Int[Tensor, " B"], memory: ImageMemory
@@ -146,7 +165,26 @@ class DiffusionCaptionModel(nn.Module):
             hidden, (k, v) = block(hidden, mask, memory.layers[i], past)
             k, v = k[:, :, :count], v[:, :, :count]
             layers.append((torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v))
-        return self.to_logits(hidden[:, count:]), Cache(layers, torch.cat([cache.valid, new.valid], 1))
+        return self.to_logits(hidden[:, count:], may_end(length, ask.position)), Cache(layers, torch.cat([cache.valid, new.valid], 1))
+
+    def from_left(self, x0: Int[Tensor, "B T"], length: Int[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, steps and told lengths of captions written word by word from the left: with END after the last word, where there is room
+        for it, if the model has learned to close captions."""
+        if self.end is None:
+            return x0, steps_from_left(length, x0.shape[1]), length
+        return *closed(x0, length, self.end), torch.full_like(length, OPEN)
+
+
+def may_end(length: Int[Tensor, " B"], position: Int[Tensor, "... R"]) -> Bool[Tensor, "B R"]:
+    """Where END may stand: in captions whose length is not told, but at their beginning."""
+    return (length == OPEN)[:, None] & (position > 0)
+
+
+def closed(x0: Int[Tensor, "B T"], length: Int[Tensor, " B"], end: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """The tokens with `end` after the last word, if T has room for it, and the steps that reveal them from the left."""
+    place = torch.arange(x0.shape[1], device=x0.device)
+    with_end = torch.where(place == length[:, None], end, torch.where(valid_positions(length, x0.shape[1]), x0, 0))
+    return with_end, steps_from_left((length + 1).clamp(max=x0.shape[1]), x0.shape[1])
 
 
 def bounded_length_logp(length_logits: Float[Tensor, "N T"], low: int = 1, high: int = 0) -> Float[Tensor, "N T"]:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ..utils.config import ConfigError
 from .alignment import Alignment, creditable, credited_tokens, leave_one_word_out, text_scores
-from .denoiser import DiffusionCaptionModel, bounded_length_logp
-from .diffusion import steps_from_left, valid_positions
+from .denoiser import DiffusionCaptionModel, bounded_length_logp, may_end
+from .diffusion import revealed, valid_positions
 from .layers import Block
 
 QUALITIES = ("total", "accuracy", "fluency", "specificity")
@@ -107,32 +107,36 @@ class Evidence(nn.Module):
     ) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B T W"], Float[Tensor, "N P W"]]:
         """Features (see FEATURES; nats, cosines, counts), hidden states of the caption, and the image in the denoiser's width."""
         width, longest = x0.shape[1], int(length.max())
-        x0 = x0[:, :longest]
-        valid = valid_positions(length, longest)
-        step = steps_from_left(length, longest)
-        logp, hidden, lengths = self._surprise(x0, step, length, image, None)
-        blind, _, _ = self._surprise(x0, step, length, image, torch.zeros(len(image), dtype=torch.bool, device=image.device))
-        group = len(x0) // len(image)
-        length_logp = bounded_length_logp(lengths).repeat_interleave(group, 0).gather(1, length[:, None] - 1).squeeze(1)
+        logp, hidden, length_logp = (part[:, :longest] for part in self._surprise(x0, length, image, None))
+        blind = self._surprise(x0, length, image, torch.zeros(len(image), dtype=torch.bool, device=image.device))[0][:, :longest]
+        x0, group = x0[:, :longest], len(x0) // len(image)
         words, owners = zip(*(self.words(row[:n]) for row, n in zip(x0.tolist(), length.tolist(), strict=True)), strict=True)
         joint = joint.repeat_interleave(group, 0)
         credit = leave_one_word_out(self.alignment, words, owners, joint, x0.shape[1])
         named = credited_tokens(words, owners, x0.shape[1]).to(x0.device)
-        told = valid & self.denoiser.allowed[x0]  # a word outside the vocabulary surprises equally in every caption
+        known = valid_positions(length, longest) & self.denoiser.allowed[x0]  # others surprise equally in every caption
         features = [
-            *_mean_and_worst(logp, told), *_mean_and_worst(blind, told), *_mean_and_worst(logp - blind, told),
-            ((logp - blind) * told).sum(1), length_logp, text_scores(self.alignment, [" ".join(w) for w in words], joint),
+            *_mean_and_worst(logp, known), *_mean_and_worst(blind, known), *_mean_and_worst(logp - blind, known),
+            ((logp - blind) * known).sum(1), length_logp[:, 0], text_scores(self.alignment, [" ".join(w) for w in words], joint),
             *_mean_and_worst(credit, named), *_counts(words, x0.device),
         ]  # fmt: skip
         hidden = F.pad(hidden, (0, 0, 0, width - longest))
         return torch.stack(features, 1), hidden, self.denoiser.image_in(image.to(hidden.dtype)) + self.denoiser.image_place
 
-    def _surprise(self, x0: Tensor, step: Tensor, length: Tensor, image: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Nats of each token from left to right, the content stream's states for the readers, and the length logits."""
+    def _surprise(self, x0: Tensor, length: Tensor, image: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Nats of each token from left to right, the content stream's states for the readers, and (B, 1) nats of the length, or of END."""
         memory = self.denoiser.read_image(image, seen)
-        states = self.denoiser.streams(x0, step, length, memory)
-        logp = self.denoiser.to_logits(states[-1]).log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
-        return logp.clamp(min=-20.0), states[-1 - self.reader_layers][:, : x0.shape[1]], memory.length_logits
+        x0, step, told = self.denoiser.from_left(x0, length)
+        x0, step = (part[:, : int(revealed(step).sum(1).max())] for part in (x0, step))
+        states = self.denoiser.streams(x0, step, told, memory)
+        logits = self.denoiser.to_logits(states[-1], may_end(told, torch.arange(x0.shape[1], device=x0.device)))
+        logp = logits.log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1).clamp(min=-20.0)
+        if self.denoiser.end is None:
+            lengths = bounded_length_logp(memory.length_logits).repeat_interleave(len(x0) // len(image), 0)
+            ending = lengths.gather(1, length[:, None] - 1)
+        else:
+            ending = (logp * (revealed(step) & ~valid_positions(length, x0.shape[1]))).sum(1, keepdim=True)
+        return logp, states[-1 - self.reader_layers][:, : x0.shape[1]], ending
 
 
 def _mean_and_worst(value: Float[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Positions are chosen before tokens, so the probability of a trajectory is exact: log p(length | image) + sum of log p(token | what was
 revealed before its step). The orders `random`, `spread` and `left_to_right` do not depend on the model. `plackett_luce` draws positions by
-their detached confidence: the order is then part of the data, not of the policy. `confidence` is for inference only.
+their detached confidence: the order is then part of the data, not of the policy. `confidence` is for inference only. `open_end` decides the
+length last: from the left, until END is drawn like a word.
 Axes: B captions = N images x G, T caption length, K steps, R rows, V vocabulary.
 """
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from ..utils.config import SamplerConfig
 from ..utils.seeding import generator
-from .denoiser import Cache, DiffusionCaptionModel, Rows, bounded_length_logp
+from .denoiser import OPEN, Cache, DiffusionCaptionModel, Rows, bounded_length_logp
 from .diffusion import HIDDEN, reveal_counts, reveal_ranks, revealed, steps_from_left, steps_from_ranks, valid_positions
 
 UNKNOWN = -1
@@ -56,14 +57,19 @@ class Trajectory:
     """How B captions came to be; probabilities are the sampling policy's."""
 
     x0: Int[Tensor, "B T"]
+    """Words, and after the last one END where the model wrote it."""
     step: Int[Tensor, "B T"]
     """Step that revealed each token; 0 for given words, HIDDEN for padding and for what is still open."""
     length: Int[Tensor, " B"]
+    """Of the caption, without END."""
+    told: Int[Tensor, " B"]
+    """The length that the model was told, or OPEN."""
     logp: Float[Tensor, "B T"]
     """Nats of each token at its step; 0 for given words and padding."""
     confidence: Float[Tensor, "B T"]
     """Probability of the likeliest token when the position was revealed; 1 for given words, 0 for padding."""
     length_logp: Float[Tensor, " B"]
+    """0 where the length was given, or not told."""
     drafts: Int[Tensor, "B S T"] | None
     """Greedy completion before each step, and the final caption; only on request."""
 
@@ -129,6 +135,12 @@ def _twice(guidance: float) -> Callable[[Tensor], Tensor]:
     return (lambda x: x) if guidance == 1 else (lambda x: torch.cat([x, x]))
 
 
+def _seen(image: Float[Tensor, "N P F"], guidance: float) -> tuple[Tensor, Bool[Tensor, " M"] | None]:
+    """The images, for guidance followed by themselves unseen."""
+    images = _twice(guidance)(image)
+    return images, None if guidance == 1 else torch.arange(len(images), device=image.device) < len(image)
+
+
 @torch.no_grad()
 def sample(
     model: DiffusionCaptionModel,
@@ -156,9 +168,13 @@ def denoise(
     banned: Bool[Tensor, " V"] | None = None,
 ) -> Iterator[Trajectory]:
     """What `sample` returns, in the making: before each step, and at last complete."""
+    if plan.order == "open_end":
+        if known is None:
+            yield from write_on(model, image, plan, noise, banned)
+            return
+        plan = replace(plan, order="left_to_right")  # drafts tell their lengths
     twice = _twice(plan.guidance)
-    seen = None if plan.guidance == 1 else torch.arange(2 * len(image), device=image.device) < len(image)
-    memory = model.read_image(twice(image), seen)
+    memory = model.read_image(*_seen(image, plan.guidance))
     group = len(noise.length) // len(image)
     if known is None:
         length, length_logp = choose_length(memory.length_logits[: len(image)], group, noise.length, plan)
@@ -177,7 +193,7 @@ def denoise(
     for k in range(1, plan.steps + 1):
         if not open_.any():
             break
-        yield Trajectory(x0, torch.where(open_, HIDDEN, step), length, logp, confidence, length_logp, None)
+        yield Trajectory(x0, torch.where(open_, HIDDEN, step), length, length, logp, confidence, length_logp, None)
         now = open_ & (step == k)
         ask = take_rows(open_ if by_model or drafts or plan.threshold else now)
         logits, cache = model.advance(cache, twice(x0), _both(new, twice), _both(ask, twice), twice(length), memory)
@@ -199,11 +215,47 @@ def denoise(
         confidence = put(confidence, put_now, best.values.exp())
         open_, new = open_ & ~now, take_rows(now)
     history += [x0] * (plan.steps + 1 - len(history))
-    done = Trajectory(x0, step, length, logp, confidence, length_logp, torch.stack(history, 1) if drafts else None)
+    done = Trajectory(x0, step, length, length, logp, confidence, length_logp, torch.stack(history, 1) if drafts else None)
     yield done
     for _ in range(plan.remask):
         for done in rewrite(model, image, plan, noise, done, banned):  # noqa: B020, it begins with the one before
             yield done
+
+
+def write_on(
+    model: DiffusionCaptionModel, image: Float[Tensor, "N P F"], plan: SamplerConfig, noise: Noise, banned: Bool[Tensor, " V"] | None
+) -> Iterator[Trajectory]:
+    """The same from the left, a word a step, until END; in the making one more word is still to come."""
+    twice = _twice(plan.guidance)
+    memory, cache = model.read_image(*_seen(image, plan.guidance)), Cache.empty(len(model.h), len(twice(noise.length)), image.device)
+    x0 = torch.zeros_like(noise.token, dtype=torch.long)
+    step, logp, confidence = torch.full_like(x0, HIDDEN), torch.zeros_like(noise.token), torch.zeros_like(noise.token)
+    length, told, nothing = torch.zeros_like(x0[:, 0]), torch.full_like(x0[:, 0], OPEN), torch.zeros_like(noise.length)
+    going, new = torch.ones_like(length, dtype=torch.bool), Rows(x0[:, :0], x0[:, :0].bool())
+    for t in range(min(plan.max_words or model.max_length, model.max_length)):
+        yield Trajectory(x0, step, length + going.int(), told, logp, confidence, nothing, None)
+        ask = Rows(torch.full_like(x0[:, :1], t), going[:, None])
+        logits, cache = model.advance(cache, twice(x0), _both(new, twice), _both(ask, twice), twice(told), memory)
+        dist = policy_logp(guided(logits, plan.guidance), plan.temperature, plan.top_p, not_yet(model, banned, t, plan.min_words))
+        best = dist.max(-1)
+        token = inverse_cdf(dist, noise.token[:, t : t + 1]) if plan.temperature > 0 else best.indices
+        x0, step = put(x0, ask, token), put(step, ask, torch.full_like(token, t + 1))
+        logp = put(logp, ask, dist.gather(-1, token[..., None]).squeeze(-1))
+        confidence = put(confidence, ask, best.values.exp())
+        going = going & (token[:, 0] != model.end)
+        length, new = length + going.int(), Rows(ask.position, going[:, None])
+        if not going.any():
+            break
+    yield Trajectory(x0, step, length, told, logp, confidence, nothing, None)
+
+
+def not_yet(model: DiffusionCaptionModel, banned: Bool[Tensor, " V"] | None, place: int, least: int) -> Bool[Tensor, " V"] | None:
+    """What may not stand at this place: `banned` tokens, nor END before there are so many."""
+    if place >= least or model.end is None:
+        return banned
+    banned = torch.zeros_like(model.allowed) if banned is None else banned.clone()
+    banned[model.end] = True
+    return banned
 
 
 def order_score(confidence: Float[Tensor, "B T"], u: Float[Tensor, "B T"], plan: SamplerConfig) -> Float[Tensor, "B T"]:
@@ -240,6 +292,7 @@ class Score:
     distribution: Float[Tensor, "B T V"]
     """Log-probabilities of the whole vocabulary at that moment."""
     length_logp: Float[Tensor, " B"]
+    """0 where the length is not told."""
     length_distribution: Float[Tensor, "N T"]
 
 
@@ -247,20 +300,20 @@ def score(
     model: torch.nn.Module,
     x0: Int[Tensor, "B T"],
     step: Int[Tensor, "B T"],
-    length: Int[Tensor, " B"],
+    told: Int[Tensor, " B"],
     image: Float[Tensor, "N P F"],
     temperature: float = 1.0,
     seen: Bool[Tensor, " N"] | None = None,
     banned: Bool[Tensor, " V"] | None = None,
 ) -> Score:
     """Exact log-probability of trajectories in one pass, with gradient; `model` may be wrapped for distributed training."""
-    longest = int(length.max())  # columns that are padding in every caption cost as much as words
-    prediction = model(x0[:, :longest], step[:, :longest], length, image, seen)
+    longest = int((step < HIDDEN).sum(1).max())  # columns that are padding in every caption cost as much as words
+    prediction = model(x0[:, :longest], step[:, :longest], told, image, seen)
     distribution = F.pad(policy_logp(prediction.logits, temperature, banned=banned), (0, 0, 0, x0.shape[1] - longest))
     logp = distribution.gather(-1, x0[..., None]).squeeze(-1).masked_fill(~revealed(step), 0.0)
     lengths = bounded_length_logp(prediction.length_logits)
-    group = len(x0) // len(image)
-    return Score(logp, distribution, lengths.repeat_interleave(group, 0).gather(1, length[:, None] - 1).squeeze(1), lengths)
+    length_logp = lengths.repeat_interleave(len(x0) // len(image), 0).gather(1, (told[:, None] - 1).clamp(min=0)).squeeze(1)
+    return Score(logp, distribution, length_logp.masked_fill(told == OPEN, 0.0), lengths)
 
 
 @torch.no_grad()
@@ -273,13 +326,13 @@ def likelihood(
     chunk: int = 16,
     banned: Bool[Tensor, " V"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """Nats per token of captions of one image, read from one end, given words and length included; what is impossible counts as -100."""
-    step = steps_from_left(length, x0.shape[1])
+    """Nats per token of captions of one image, read from one end, given words and length (or END) included; what is impossible counts as
+    -100."""
+    x0, step, told = model.from_left(x0, length)
     if from_right:
+        step, told = steps_from_left(length, x0.shape[1]), length
         step = torch.where(step < HIDDEN, length[:, None] + 1 - step, HIDDEN)
-    parts = [
-        score(model, *some, image, banned=banned) for some in zip(x0.split(chunk), step.split(chunk), length.split(chunk), strict=True)
-    ]
+    parts = [score(model, *some, image, banned=banned) for some in zip(x0.split(chunk), step.split(chunk), told.split(chunk), strict=True)]
     return torch.cat([p.logp.clamp(min=-100).sum(1) + p.length_logp for p in parts]) / (length + 1)
 
 

@@ -60,6 +60,8 @@ def build_alignment(config: Config, tokenizer: Tokenizer, image_width: int) -> A
 
 def build_denoiser(eyes: Eyes, dropout: float = 0.0) -> DiffusionCaptionModel:
     base, vision = eyes.config.base, eyes.vision
+    if base.open_end and not eyes.banned:
+        raise ConfigError("base.open_end: the tokenizer has no special token that could close a caption")
     return DiffusionCaptionModel(
         eyes.tokenizer.get_vocab_size(),
         eyes.config.data.max_words,
@@ -70,6 +72,7 @@ def build_denoiser(eyes: Eyes, dropout: float = 0.0) -> DiffusionCaptionModel:
         heads=base.heads,
         dropout=dropout,
         banned=eyes.banned,
+        end=eyes.banned[0] if base.open_end else None,
     )
 
 

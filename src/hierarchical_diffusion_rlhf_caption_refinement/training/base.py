@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.corpus import Corpus
-from ..data.text import load_tokenizer, pad
+from ..data.text import banned_ids, load_tokenizer, pad
 from ..evaluation.evaluate import gold_summary, reference_scores, write_captions
-from ..models.denoiser import DiffusionCaptionModel
-from ..models.diffusion import caption_nll, training_steps, valid_positions
+from ..models.denoiser import OPEN, DiffusionCaptionModel, closed
+from ..models.diffusion import HIDDEN, caption_nll, revealed, training_steps, valid_positions
 from ..models.saved import FILES, Eyes, save_denoiser, start_denoiser
 from ..utils.config import BaseConfig, ConfigError, settings_of
 from ..utils.seeding import generator, seed_of
@@ -30,8 +30,11 @@ LENGTH_WEIGHT = 0.1
 @dataclass(frozen=True)
 class CaptionBatch:
     x0: Int[Tensor, "B T"]
+    """Words, and END after those of captions with an open end."""
     step: Int[Tensor, "B T"]
     length: Int[Tensor, " B"]
+    told: Int[Tensor, " B"]
+    """The length, or OPEN."""
     image: Float[Tensor, "B P F"]
     seen: Bool[Tensor, " B"]
     """False where the image is withheld, to learn the unconditional model too."""
@@ -40,9 +43,10 @@ class CaptionBatch:
 
     def rows(self, index: Int[Tensor, " G"]) -> "CaptionBatch":
         """Some of the captions, without the columns that are padding in all of them."""
-        longest, kept = int(self.length[index].max()), None if self.kept is None else self.kept[index]
+        step, kept = self.step[index], None if self.kept is None else self.kept[index]
+        longest = int((step < HIDDEN).sum(1).max())
         return CaptionBatch(
-            self.x0[index, :longest], self.step[index, :longest], self.length[index], self.image[index], self.seen[index], kept
+            self.x0[index, :longest], step[:, :longest], self.length[index], self.told[index], self.image[index], self.seen[index], kept
         )
 
 
@@ -53,13 +57,18 @@ def caption_batch(
 
     `drop_images` False withholds no image and no part of one.
     """
-    ids = shuffled_ids(corpus.captions, rows, g)
-    x0, length = pad(ids, max(map(len, ids)))
-    step = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g)
+    ids, room = shuffled_ids(corpus.captions, rows, g), int(config.open_end > 0)
+    x0, length = pad(ids, min(max(map(len, ids)) + room, corpus.max_words))
+    step, told = training_steps(length, x0.shape[1], config.schedule, config.left_to_right, g), length
+    if config.open_end:
+        open_ = torch.rand(len(rows), generator=g) < config.open_end
+        with_end, from_left = closed(x0, length, banned_ids(corpus.tokenizer)[0])
+        told = length.masked_fill(open_, OPEN)
+        x0, step = torch.where(open_[:, None], with_end, x0), torch.where(open_[:, None], from_left, step)
     seen = torch.rand(len(rows), generator=g) >= (config.image_dropout if drop_images else 0.0)
     look = torch.randint(1 + len(corpus.looks), (len(rows),), generator=g)[part] if corpus.looks else None
     kept = kept_tokens(len(rows), corpus.tokens.shape[1], config.patch_dropout, g)[part] if config.patch_dropout and drop_images else None
-    return CaptionBatch(x0[part], step[part], length[part], corpus.image(rows[part], look), seen[part], kept)
+    return CaptionBatch(x0[part], step[part], length[part], told[part], corpus.image(rows[part], look), seen[part], kept)
 
 
 def kept_tokens(images: int, tokens: int, dropout: float, g: torch.Generator) -> Int[Tensor, "N K"]:
@@ -82,8 +91,9 @@ def caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tupl
 
 
 def _caption_loss(model: nn.Module, batch: CaptionBatch, allowed: Tensor) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    prediction = model(batch.x0, batch.step, batch.length, batch.image, batch.seen, batch.kept)
-    counted = valid_positions(batch.length, batch.x0.shape[1]) & allowed[batch.x0]
+    prediction = model(batch.x0, batch.step, batch.told, batch.image, batch.seen, batch.kept)
+    words = valid_positions(batch.length, batch.x0.shape[1])
+    counted = (words & allowed[batch.x0]) | (revealed(batch.step) & ~words)
     length = F.cross_entropy(prediction.length_logits, batch.length - 1, reduction="none")
     return caption_nll(prediction.logits, batch.x0, counted), length
 

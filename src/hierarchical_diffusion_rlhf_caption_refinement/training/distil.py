@@ -23,18 +23,26 @@ from ..utils.runlog import counter
 
 SEARCH = SamplerConfig(order="left_to_right", beams=3, lengths=3, both_ways=True, clip=0.5)
 """Nine candidates of each image; `clip` weighs the rewards beside nats per token."""
+OPEN_SEARCH = replace(SEARCH, order="open_end", beams=9, lengths=1)
+"""As many with an open end."""
 
 
 @torch.no_grad()
 def best_found(
-    model: DiffusionCaptionModel, corpus: Corpus, worth: Worth, alignment: Alignment, shaping: ShapingConfig, chunk: int = 40
+    model: DiffusionCaptionModel,
+    corpus: Corpus,
+    worth: Worth,
+    alignment: Alignment,
+    shaping: ShapingConfig,
+    plan: SamplerConfig = SEARCH,
+    chunk: int = 40,
 ) -> list[str]:
     """The caption of each image that the search likes best: for its likelihood, CLIP and `worth`."""
     texts, on_progress = list[str](), counter("captions searched for:")
     for start in range(0, len(corpus), chunk):
         rows = list(range(start, min(start + chunk, len(corpus))))
         image = corpus.image(rows).to(model.mask.device)
-        found = beam_search(model, image, SEARCH, fit=both_rewards(corpus, rows, worth, alignment, shaping))
+        found = beam_search(model, image, plan, fit=both_rewards(corpus, rows, worth, alignment, shaping))
         texts += decode_rows(corpus.tokenizer, found.x0, found.length)
         on_progress(len(texts), len(corpus))
     return texts
@@ -45,7 +53,7 @@ def both_rewards(corpus: Corpus, rows: list[int], worth: Worth, alignment: Align
 
     def fit(x0: Tensor, length: Tensor) -> Tensor:
         group, blank = len(x0) // len(rows), torch.zeros_like(x0, dtype=torch.float32)
-        t = Trajectory(x0, torch.ones_like(x0), length, blank, blank, blank[:, 0], None)  # read: words and lengths
+        t = Trajectory(x0, torch.ones_like(x0), length, length, blank, blank, blank[:, 0], None)  # read: words and lengths
         cosine = fit_of(alignment, corpus.tokenizer, corpus.joint[rows].to(x0.device))(x0, length)
         return shaping.clip_weight * in_spreads(cosine, group) + shaping.preference_weight * in_spreads(worth(corpus, rows, t), group)
 

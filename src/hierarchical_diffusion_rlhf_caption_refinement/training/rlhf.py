@@ -19,7 +19,7 @@ from ..data.corpus import Corpus
 from ..data.streams import batch_indices, share
 from ..evaluation.evaluate import Worth, gold_summary, text_statistics, write_captions
 from ..models.alignment import Alignment, credited_tokens, leave_one_word_out, step_potential, text_scores
-from ..models.denoiser import DiffusionCaptionModel
+from ..models.denoiser import OPEN, DiffusionCaptionModel
 from ..models.diffusion import HIDDEN, revealed
 from ..models.reward import Words
 from ..models.sampler import Score, Trajectory, noise_for, sample, score
@@ -38,7 +38,7 @@ from ..models.shaping import (
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig, settings_of
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, denoising, validation_loss
-from .distil import best_found, rewritten
+from .distil import OPEN_SEARCH, SEARCH, best_found, rewritten
 from .engine import Objective, Row, Stop
 from .run import Run, steps_per_epoch
 from .state import TrainState
@@ -57,7 +57,7 @@ class Rollout:
 
     x0: Int[Tensor, "B T"]
     step: Int[Tensor, "B T"]
-    length: Int[Tensor, " B"]
+    told: Int[Tensor, " B"]
     image: Float[Tensor, "N P F"]
     logp: Float[Tensor, "B T"]
     length_logp: Float[Tensor, " B"]
@@ -99,7 +99,7 @@ def policy_loss(
 
     loss = -1/(B T) sum_i min(r_i A_i, clip(r_i) A_i) + kl_weight / (B T) sum_i KL(policy_i || base_i), over tokens and the length.
     """
-    scored = score(model, rollout.x0, rollout.step, rollout.length, rollout.image, config.temperature)
+    scored = score(model, rollout.x0, rollout.step, rollout.told, rollout.image, config.temperature)
     width = rollout.x0.shape[1]
     gain = clipped_gain(scored.logp, rollout.logp, rollout.advantage, config.clip).sum(1)
     gain = gain + clipped_gain(scored.length_logp, rollout.length_logp, rollout.length_advantage, config.clip)
@@ -138,7 +138,7 @@ def trajectory_kl(scored: Score, rollout: Rollout) -> Float[Tensor, " B"]:
     written = revealed(rollout.step)
     tokens = (categorical_kl(scored.distribution, rollout.reference) * written).sum(1)
     lengths = categorical_kl(scored.length_distribution, rollout.length_reference)
-    return tokens + lengths.repeat_interleave(len(rollout.x0) // len(rollout.image), 0)
+    return tokens + lengths.repeat_interleave(len(rollout.x0) // len(rollout.image), 0) * (rollout.told != OPEN)
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Trainer:
             rows = whole[part]
             t, image, joint = self.sample(self.policy, rows, self.corpus, ("rollout", index), drafts)
             learned = t if config.logprob == "trajectory" else self.mean_field(t, image)
-            base = score(self.reference, t.x0, learned.step, t.length, image, config.temperature)
+            base = score(self.reference, t.x0, learned.step, t.told, image, config.temperature)
         sparse = self.reward(self.corpus, rows, t)
         dense = self.dense(t, joint.repeat_interleave(group, 0))
         shaper = HierarchicalRewardShaper(shaping)
@@ -213,14 +213,14 @@ class Trainer:
             g = generator(self.config.seed, "anchor", index)
             anchor = caption_batch(self.corpus, whole, part, self.config.base, g)
         return Rollout(
-            t.x0, learned.step, t.length, image, learned.logp, t.length_logp, shaped.advantage, shaped.length,
+            t.x0, learned.step, t.told, image, learned.logp, t.length_logp, shaped.advantage, shaped.length,
             base.distribution, base.length_distribution, anchor, rollout_facts(t, dense, sparse, shaped, group),
         )  # fmt: skip
 
     def mean_field(self, t: Trajectory, image: Float[Tensor, "N P F"]) -> Trajectory:
         """The same captions as if all their tokens had been drawn in one step, with the policy's probabilities for that."""
         step = torch.where(t.step == HIDDEN, HIDDEN, t.step.clamp(max=1))
-        return replace(t, step=step, logp=score(self.policy, t.x0, step, t.length, image, self.config.rlhf.temperature).logp)
+        return replace(t, step=step, logp=score(self.policy, t.x0, step, t.told, image, self.config.rlhf.temperature).logp)
 
     def dense(self, t: Trajectory, joint: Float[Tensor, "B E"]) -> Dense:
         config = self.config
@@ -296,10 +296,11 @@ def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows:
         some = rows[start : start + chunk]
         t, image, _ = trainer.sample(policy, some, corpus, "held out")
         with trainer.run.accelerator.autocast():  # as it is trained; only the policy's own forward would be otherwise
-            mine, base = (score(model, t.x0, t.step, t.length, image, temperature) for model in (policy, trainer.reference))
+            mine, base = (score(model, t.x0, t.step, t.told, image, temperature) for model in (policy, trainer.reference))
         inside = revealed(t.step)
         words = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
-        kl += len(some) * float(words + categorical_kl(mine.length_distribution, base.length_distribution).mean())
+        lengths = categorical_kl(mine.length_distribution, base.length_distribution).mean() * (t.told != OPEN).float().mean()
+        kl += len(some) * float(words + lengths)
         entropy += float(categorical_entropy(mine.distribution)[inside].sum())
         tokens += int(inside.sum())
     return {"kl": kl / len(rows), "entropy": entropy / max(tokens, 1)}
@@ -324,7 +325,8 @@ def learning(trainer: Trainer) -> tuple[Callable[[int], Iterator[Any]], Objectiv
     config, extra, corpus, allowed = trainer.config, trainer.extra, trainer.corpus, trainer.policy.allowed
     if config.rlhf.method == "distil":
         if "captions" not in extra:
-            extra["captions"] = best_found(trainer.reference, corpus, trainer.reward, trainer.alignment, config.shaping)
+            plan = OPEN_SEARCH if config.sampler.order == "open_end" else SEARCH
+            extra["captions"] = best_found(trainer.reference, corpus, trainer.reward, trainer.alignment, config.shaping, plan)
         found = rewritten(corpus, extra["captions"])
 
         def make(index: int, rows: list[int], part: slice) -> CaptionBatch:

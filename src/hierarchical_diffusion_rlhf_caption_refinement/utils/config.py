@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Schedule = Literal["linear", "cosine", "log_linear", "shifted"]
-Order = Literal["random", "spread", "left_to_right", "plackett_luce", "confidence"]
+Order = Literal["random", "spread", "left_to_right", "open_end", "plackett_luce", "confidence"]
 Stage = Literal["alignment", "base", "reward", "rlhf"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -205,6 +205,9 @@ class BaseConfig(Group):
     """How many tokens each training step reveals."""
     left_to_right: float = 0.3
     """Share of training captions revealed one word at a time from the left; the rest in random order."""
+    open_end: float = 0.0
+    """Share of training captions, whatever their order would have been, learned from the left without being told their length, with END
+    after the last word: for the order open_end. The rest are told it."""
     image_dropout: float = 0.1
     """Share of training captions that see no image: the unconditional model of guidance and of the reward's grounding features."""
     patch_dropout: float = 0.0
@@ -221,14 +224,15 @@ class BaseConfig(Group):
         self._at_least(0, "lora_rank")
         self._shares("dropout image_dropout patch_dropout")
         _require(0 <= self.crops <= 5, f"base.crops={self.crops}: must be from 0 to 5")
-        _require(0 <= self.left_to_right <= 1, f"base.left_to_right={self.left_to_right}: must be in [0, 1]")
+        for name in ("left_to_right", "open_end"):
+            _require(0 <= getattr(self, name) <= 1, f"base.{name}={getattr(self, name)}: must be in [0, 1]")
         _require(self.width % self.heads == 0, "base.width must be a multiple of base.heads")
         _require(not self.lora_rank or bool(self.backbone), "base.lora_rank needs base.backbone: there is nothing else to adapt")
 
 
 MOST_STEPS = 10_000
 """Each takes memory, though a caption uses no more than it has tokens."""
-SEARCH = "are for sampler.order=left_to_right with temperature=0, guidance=1, threshold=0 and remask=0"
+SEARCH = "are for sampler.order=left_to_right or open_end with temperature=0, guidance=1, threshold=0 and remask=0"
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,8 @@ class SamplerConfig(Group):
     schedule: Schedule = "linear"
     """How many tokens each step reveals."""
     order: Order = "spread"
-    """Which positions come first; `confidence` has no closed-form probability and is for inference only."""
+    """Which positions come first; `confidence` has no closed-form probability and is for inference only. `open_end`: from the left until an
+    end token, where the others decide the length first; it takes a step for every token and needs base.open_end."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_p: float = 1.0
@@ -258,7 +263,7 @@ class SamplerConfig(Group):
     beams: int = 1
     """Captions kept in the making by a beam search from the left, one word a step; 1 is greedy."""
     lengths: int = 1
-    """Lengths that the search tries, the likeliest ones; the likeliest caption per token stays."""
+    """Lengths that the search tries, the likeliest ones; the likeliest caption per token stays. Not with an open end."""
     clip: float = 0.0
     """Weight of CLIP's cosine beside nats per token in the search's last choice."""
     consensus: float = 0.0
@@ -276,8 +281,10 @@ class SamplerConfig(Group):
         _require(not 0 < self.max_words < self.min_words, "sampler.max_words must not be less than sampler.min_words")
         _require(self.candidates == 1 or self.temperature > 0, "sampler.candidates > 1 needs sampler.temperature > 0")
         _require(0 < self.top_p <= 1 and 0 <= self.threshold <= 1, "sampler.top_p is in (0, 1], sampler.threshold in [0, 1]")
-        drawn = self.order != "left_to_right" or self.temperature or self.guidance != 1 or self.remask or self.threshold
+        drawn = self.order not in ("left_to_right", "open_end") or self.temperature or self.guidance != 1 or self.remask or self.threshold
         _require(self.beams == self.lengths == 1 or not drawn, f"sampler.beams and sampler.lengths {SEARCH}")
+        told = "sampler.order=open_end knows no length: lengths=1, remask=0 and threshold=0 go with it"
+        _require(self.order != "open_end" or not (self.lengths > 1 or self.remask or self.threshold), told)
         searched = self.beams > 1 or self.lengths > 1
         for name in ("clip", "consensus", "both_ways"):
             chosen = f"sampler.{name} chooses among the captions of a search: set sampler.beams or sampler.lengths"
@@ -404,7 +411,7 @@ class RLHFConfig(Group):
         _require(self.clip > 0, f"rlhf.clip={self.clip}: must be positive")
         _require(
             self.order != "confidence",
-            "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right or plackett_luce",
+            "rlhf.order=confidence has no closed-form probability; use random, spread, left_to_right, open_end or plackett_luce",
         )
         _require(self.temperature > 0, "rlhf.temperature must be positive: a greedy policy does not explore")
         _require(min(self.inner_updates, self.fit.grad_accum) == 1, "rlhf.inner_updates > 1 does not go with rlhf.fit.grad_accum > 1")
@@ -440,6 +447,14 @@ class Config:
         inside = not run.is_absolute() and ".." not in run.parts
         _require(inside, f"run={self.run}: names folders inside models/ and results/, none outside")
         _require(self.sampler.min_words <= self.data.max_words, "sampler.min_words must not be more than data.max_words")
+        for name, group in (("sampler", self.sampler), ("rlhf", self.rlhf)):
+            if group.order == "open_end":
+                _require(self.base.open_end > 0, f"{name}.order=open_end needs base.open_end: a model that was told all lengths cannot end")
+                most = f"order=open_end takes one for each of up to {self.data.max_words} tokens, spread can do with few"
+                _require(group.steps >= self.data.max_words, f"{name}.steps={group.steps}: {most}")
+        drafted = self.shaping.dense == "step_potential" and self.shaping.clip_weight > 0 and self.rlhf.method == "policy_gradient"
+        told = "shaping.dense=step_potential needs drafts, and these a length: rlhf.order=open_end has none"
+        _require(not (drafted and self.rlhf.order == "open_end"), told)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
