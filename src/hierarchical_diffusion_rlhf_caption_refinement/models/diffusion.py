@@ -51,7 +51,7 @@ def reveal_ranks(order: Order, noise: Float[Tensor, "B T"], hidden: Tensor) -> I
     `spread` walks the caption in golden-ratio strides from a random start, so that tokens of one step are far apart.
     """
     place = torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
-    if order == "left_to_right":
+    if order in ("left_to_right", "open_end"):
         score = place.float()
     elif order == "spread":
         score = (place * 0.6180339887 + noise[:, :1]) % 1

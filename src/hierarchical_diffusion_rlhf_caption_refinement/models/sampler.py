@@ -168,11 +168,9 @@ def denoise(
     banned: Bool[Tensor, " V"] | None = None,
 ) -> Iterator[Trajectory]:
     """What `sample` returns, in the making: before each step, and at last complete."""
-    if plan.order == "open_end":
-        if known is None:
-            yield from write_on(model, image, plan, noise, banned)
-            return
-        plan = replace(plan, order="left_to_right")  # drafts tell their lengths
+    if plan.order == "open_end" and known is None:  # drafts tell their lengths
+        yield from write_on(model, image, plan, noise, banned)
+        return
     twice = _twice(plan.guidance)
     memory = model.read_image(*_seen(image, plan.guidance))
     group = len(noise.length) // len(image)
