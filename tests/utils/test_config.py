@@ -56,8 +56,10 @@ def test_the_ablation_turns_one_knob():
     assert (ablation.run, ablation.shaping.clip_weight) == ("ablation", 0)
 
 
-def test_references_change_the_reward_and_need_no_reward_stage():
-    plain, config = load_config([CONFIGS / "flickr8k.yaml"]), load_config([CONFIGS / "flickr8k.yaml", CONFIGS / "references.yaml"])
+@pytest.mark.parametrize("name", ["references", "self_critical"])
+def test_references_change_the_reward_and_need_no_reward_stage(name):
+    plain, config = load_config([CONFIGS / "flickr8k.yaml"]), load_config([CONFIGS / "flickr8k.yaml", CONFIGS / f"{name}.yaml"])
+    assert (config.rlhf.method, config.rlhf.first) == ("distil" if name == "references" else "policy_gradient", "")
     changed = differences(config, plain)
     assert {"run", "rlhf.sparse"} < changed and all(key.split(".")[0] in ("run", "rlhf", "shaping") for key in changed)
     assert plain.stages == STAGES and config.stages == ("alignment", "base", "rlhf")
