@@ -181,10 +181,8 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
     """The decodings to compare."""
     words = config.data.max_words
     if peer == "autoregressive":
-        wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
-        search = {name: SamplerConfig(order="left_to_right", beams=k, clip=clip) for name, (k, clip) in wide.items()}
-        agreed = SamplerConfig(order="left_to_right", beams=25, clip=3.0, consensus=1.0)
-        return {"greedy": SamplerConfig()} | search | {"25 beams, CLIP, consensus": agreed}
+        plain = SamplerConfig(order="left_to_right")
+        return word_by_word(plain) | {"25 beams, CLIP, consensus": replace(plain, beams=25, clip=3.0, consensus=1.0)}
     if peer == "reveal" and config.base.open_end:
         return open_plans(words)
     return {
@@ -194,15 +192,18 @@ def plans(peer: str, config: Config) -> dict[str, SamplerConfig]:
     }
 
 
+def word_by_word(plain: SamplerConfig) -> dict[str, SamplerConfig]:
+    wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
+    return {"greedy": plain} | {name: replace(plain, beams=k, clip=clip) for name, (k, clip) in wide.items()}
+
+
 def open_plans(words: int) -> dict[str, SamplerConfig]:
     """As the autoregressive one writes, and what it cannot do: read its captions from the right, write in any order."""
     plain = SamplerConfig(steps=words, order="open_end")
-    wide = {f"{k} beams{', CLIP' if clip else ''}": (k, clip) for k, clip in ((3, 0.0), (5, 0.0), (5, 3.0), (25, 3.0))}
-    search = {name: replace(plain, beams=k, clip=clip) for name, (k, clip) in wide.items()}
     both = replace(plain, beams=25, clip=4.0, both_ways=True)
     told = {f"length first, left to right, {words} steps": replace(plain, order="left_to_right"), "spread, 4 steps": SamplerConfig(steps=4)}
     read = {"25 beams, CLIP, read both ways": both, "25 beams, CLIP, consensus, read both ways": replace(both, consensus=3.0)}
-    return {"greedy": plain} | search | read | told
+    return word_by_word(plain) | read | told
 
 
 def reveal_plans() -> dict[str, SamplerConfig]:

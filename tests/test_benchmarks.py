@@ -70,13 +70,13 @@ def test_commands_are_as_documented(bench, line, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["reveal", "bidirectional", "autoregressive"])
-def test_peers_learn_and_are_judged(bench, peer):
-    bench("peers.py", "--config", SMOKE, "--peer", peer, "--minutes", "0.02", "--output", "found.json")
+@pytest.mark.parametrize(("peer", "open_end"), [("reveal", 0.0), ("reveal", 0.5), ("bidirectional", 0.0), ("autoregressive", 0.0)])
+def test_peers_learn_and_are_judged(bench, peer, open_end):
+    bench("peers.py", "--config", SMOKE, "--peer", peer, "--minutes", "0.02", "--output", "found.json", f"base.open_end={open_end}")
     found = json.loads(Path("found.json").read_text())
     assert found["peer"] == peer and found["steps"] > 0 and 1 <= len(found["curve"]) <= 6
     assert all({"accuracy", "utility", "repetition"} <= row.keys() for row in found["test"].values())
-    assert ("greedy" in found["test"]) == (peer == "autoregressive")
+    assert ("greedy" in found["test"]) == (peer == "autoregressive" or open_end > 0)
 
 
 @pytest.mark.slow

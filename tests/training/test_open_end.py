@@ -19,7 +19,7 @@ from hierarchical_diffusion_rlhf_caption_refinement.models.reward import FEATURE
 from hierarchical_diffusion_rlhf_caption_refinement.models.sampler import Trajectory, noise_for, sample, score
 from hierarchical_diffusion_rlhf_caption_refinement.models.saved import build_denoiser, load_denoiser
 from hierarchical_diffusion_rlhf_caption_refinement.training.base import caption_batch, caption_loss, train_base
-from hierarchical_diffusion_rlhf_caption_refinement.training.distil import OPEN_SEARCH, best_found
+from hierarchical_diffusion_rlhf_caption_refinement.training.distil import best_found
 from hierarchical_diffusion_rlhf_caption_refinement.training.rlhf import Rollout, Trainer, drift, policy_loss, rollout_plan
 from hierarchical_diffusion_rlhf_caption_refinement.training.run import Run
 from hierarchical_diffusion_rlhf_caption_refinement.utils.config import (
@@ -191,7 +191,7 @@ def test_distilling_searches_with_an_open_end(world: Any) -> None:
         return -t.length.float()
 
     people = ShapingConfig(clip_weight=0.0, preference_weight=1e4)
-    texts = best_found(model, corpus, shortness, world.eyes.alignment, people, OPEN_SEARCH)
+    texts = best_found(model, corpus, shortness, world.eyes.alignment, people)
     candidates, lengths = seen[0]
     assert len(candidates) == 9 * len(corpus) and len(set(lengths.tolist())) > 1
     assert all(text in candidates[9 * i : 9 * i + 9] for i, text in enumerate(texts))

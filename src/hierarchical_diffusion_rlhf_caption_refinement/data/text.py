@@ -41,7 +41,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def banned_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that no caption may contain: padding, unknown, and a pretrained tokenizer's special tokens."""
+    """Ids that no caption may contain: padding, unknown, and a pretrained tokenizer's special tokens. The first closes open ends."""
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return tuple(sorted(special | {i for t in (PAD, UNKNOWN_WORD) if (i := tokenizer.token_to_id(t)) is not None}))
 

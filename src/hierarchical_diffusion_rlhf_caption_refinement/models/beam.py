@@ -54,12 +54,12 @@ def beam_search(
     n, beams = len(image), plan.beams
     memory = model.read_image(image)
     low, high = plan.min_words, min(plan.max_words or model.max_length, model.max_length)
-    open_end = plan.order == "open_end"
-    tried = bounded_length_logp(memory.length_logits, low, high).topk(min(plan.lengths, high - low + 1), 1).indices
-    free = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths, and make none likelier
-    length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free))
-    if open_end:
-        length, length_logp = torch.full_like(length, high), torch.zeros_like(length_logp)  # until END comes
+    if open_end := plan.order == "open_end":
+        length, length_logp = torch.full((n * beams,), high, device=image.device), 0.0  # until END comes
+    else:
+        tried = bounded_length_logp(memory.length_logits, low, high).topk(min(plan.lengths, high - low + 1), 1).indices
+        free = bounded_length_logp(memory.length_logits).gather(1, tried)  # bounds choose among lengths, and make none likelier
+        length, length_logp = (x.flatten().repeat_interleave(beams) for x in (tried + 1, free))
     told = torch.full_like(length, OPEN) if open_end else length
     x0 = torch.zeros(len(length), model.max_length, dtype=torch.long, device=image.device)
     total = torch.where(torch.arange(len(length), device=image.device) % beams == 0, 0.0, -torch.inf)  # at first all beams are one

@@ -40,7 +40,7 @@ class Eyes:
     config: Config
     tokenizer: Tokenizer
     banned: tuple[int, ...]
-    """Ids that no caption may contain."""
+    """Ids that no caption may contain; the first closes captions with an open end."""
     vision: Vision
     alignment: Alignment
 

@@ -24,21 +24,15 @@ from ..utils.runlog import counter
 SEARCH = SamplerConfig(order="left_to_right", beams=3, lengths=3, both_ways=True, clip=0.5)
 """Nine candidates of each image; `clip` weighs the rewards beside nats per token."""
 OPEN_SEARCH = replace(SEARCH, order="open_end", beams=9, lengths=1)
-"""As many with an open end."""
+"""As many, of a model that has learned to close captions."""
 
 
 @torch.no_grad()
 def best_found(
-    model: DiffusionCaptionModel,
-    corpus: Corpus,
-    worth: Worth,
-    alignment: Alignment,
-    shaping: ShapingConfig,
-    plan: SamplerConfig = SEARCH,
-    chunk: int = 40,
+    model: DiffusionCaptionModel, corpus: Corpus, worth: Worth, alignment: Alignment, shaping: ShapingConfig, chunk: int = 40
 ) -> list[str]:
     """The caption of each image that the search likes best: for its likelihood, CLIP and `worth`."""
-    texts, on_progress = list[str](), counter("captions searched for:")
+    texts, on_progress, plan = list[str](), counter("captions searched for:"), SEARCH if model.end is None else OPEN_SEARCH
     for start in range(0, len(corpus), chunk):
         rows = list(range(start, min(start + chunk, len(corpus))))
         image = corpus.image(rows).to(model.mask.device)

@@ -38,7 +38,7 @@ from ..models.shaping import (
 from ..utils.config import Config, RLHFConfig, SamplerConfig, ShapingConfig, settings_of
 from ..utils.seeding import generator
 from .base import LENGTH_WEIGHT, CaptionBatch, caption_batch, caption_loss, denoising, validation_loss
-from .distil import OPEN_SEARCH, SEARCH, best_found, rewritten
+from .distil import best_found, rewritten
 from .engine import Objective, Row, Stop
 from .run import Run, steps_per_epoch
 from .state import TrainState
@@ -103,7 +103,7 @@ def policy_loss(
     width = rollout.x0.shape[1]
     gain = clipped_gain(scored.logp, rollout.logp, rollout.advantage, config.clip).sum(1)
     gain = gain + clipped_gain(scored.length_logp, rollout.length_logp, rollout.length_advantage, config.clip)
-    kl = trajectory_kl(scored, rollout)
+    kl = trajectory_kl(scored, rollout.reference, rollout.length_reference, rollout.step, rollout.told)
     loss = (kl_weight * kl - gain).mean() / width
     written = revealed(rollout.step)
     ratio = (scored.logp - rollout.logp).exp()
@@ -133,12 +133,13 @@ def categorical_entropy(p: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
     return -(p.exp() * p.nan_to_num(neginf=0.0)).sum(-1)
 
 
-def trajectory_kl(scored: Score, rollout: Rollout) -> Float[Tensor, " B"]:
-    """Exact KL to the base model at every decision the trajectory visited, length included: nats per caption."""
-    written = revealed(rollout.step)
-    tokens = (categorical_kl(scored.distribution, rollout.reference) * written).sum(1)
-    lengths = categorical_kl(scored.length_distribution, rollout.length_reference)
-    return tokens + lengths.repeat_interleave(len(rollout.x0) // len(rollout.image), 0) * (rollout.told != OPEN)
+def trajectory_kl(
+    policy: Score, base: Float[Tensor, "B T V"], base_length: Float[Tensor, "N T"], step: Int[Tensor, "B T"], told: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """Exact KL to the base model at every decision the trajectory visited, a told length included: nats per caption."""
+    tokens = (categorical_kl(policy.distribution, base) * revealed(step)).sum(1)
+    lengths = categorical_kl(policy.length_distribution, base_length)
+    return tokens + lengths.repeat_interleave(len(step) // len(lengths), 0) * (told != OPEN)
 
 
 @dataclass
@@ -298,9 +299,7 @@ def drift(trainer: Trainer, policy: DiffusionCaptionModel, corpus: Corpus, rows:
         with trainer.run.accelerator.autocast():  # as it is trained; only the policy's own forward would be otherwise
             mine, base = (score(model, t.x0, t.step, t.told, image, temperature) for model in (policy, trainer.reference))
         inside = revealed(t.step)
-        words = (categorical_kl(mine.distribution, base.distribution) * inside).sum(1).mean()
-        lengths = categorical_kl(mine.length_distribution, base.length_distribution).mean() * (t.told != OPEN).float().mean()
-        kl += len(some) * float(words + lengths)
+        kl += len(some) * float(trajectory_kl(mine, base.distribution, base.length_distribution, t.step, t.told).mean())
         entropy += float(categorical_entropy(mine.distribution)[inside].sum())
         tokens += int(inside.sum())
     return {"kl": kl / len(rows), "entropy": entropy / max(tokens, 1)}
@@ -325,8 +324,7 @@ def learning(trainer: Trainer) -> tuple[Callable[[int], Iterator[Any]], Objectiv
     config, extra, corpus, allowed = trainer.config, trainer.extra, trainer.corpus, trainer.policy.allowed
     if config.rlhf.method == "distil":
         if "captions" not in extra:
-            plan = OPEN_SEARCH if config.sampler.order == "open_end" else SEARCH
-            extra["captions"] = best_found(trainer.reference, corpus, trainer.reward, trainer.alignment, config.shaping, plan)
+            extra["captions"] = best_found(trainer.reference, corpus, trainer.reward, trainer.alignment, config.shaping)
         found = rewritten(corpus, extra["captions"])
 
         def make(index: int, rows: list[int], part: slice) -> CaptionBatch:
