@@ -100,6 +100,19 @@ def test_the_looks_are_the_encoder_s_of_the_mirrored_and_the_cropped_images(worl
     assert not np.allclose(second, turned, atol=0.1)
 
 
+def test_a_second_process_begins_with_others_and_gets_the_same_looks(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = replace(world.corpora["val"], examples=world.corpora["val"].examples[:3])
+    config, encode = replace(world.config.base, mirror=True, crops=2), world.eyes.vision.encode
+    firsts, looks = [], []
+    for rank in range(2):
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(world.eyes.vision, "encode", lambda images, seen=seen: seen.append(encode(images)) or seen[-1])
+        looks.append(with_looks(corpus, world.eyes, config, tmp_path / str(rank), rank, 2).looks)
+        firsts.append(seen[0].half().numpy())
+    assert all(np.array_equal(a, b) for a, b in zip(*looks, strict=True))
+    assert [np.array_equal(looks[0][i], first) for i, first in enumerate(firsts)] == [True, True]
+
+
 def test_the_loss_is_per_token_and_leaves_out_unknown_words(world: Any) -> None:
     model = world.denoiser()
     batch = caption_batch(world.corpora["train"], [0, 1], slice(None), world.config.base, generator(0, "x"), drop_images=False)

@@ -231,8 +231,11 @@ def build_corpus(eyes: Eyes, examples: list[Example], cache: Path) -> Corpus:
     return Corpus(examples, tokens, joint, eyes.tokenizer, eyes.config.data.max_words)
 
 
-def with_looks(corpus: Corpus, eyes: Eyes, config: BaseConfig, cache: Path) -> Corpus:
-    """The corpus with the tokens of its images seen as `config.mirror` and `config.crops` say, too."""
+def with_looks(corpus: Corpus, eyes: Eyes, config: BaseConfig, cache: Path, rank: int = 0, world: int = 1) -> Corpus:
+    """The corpus with the tokens of its images seen as `config.mirror` and `config.crops` say, too.
+
+    Process `rank` of `world` begins with looks of its own and finds what the others have made meanwhile.
+    """
 
     def seen(place: tuple[float, float] | None, mirrored: bool) -> np.ndarray:
         name = " ".join(["mirrored"] * mirrored + [f"crop {place}"] * (place is not None))
@@ -243,8 +246,11 @@ def with_looks(corpus: Corpus, eyes: Eyes, config: BaseConfig, cache: Path) -> C
             cache,
         )
 
-    crops = [seen(place, config.mirror and i % 2 == 1) for i, place in enumerate(CROPS[: config.crops])]
-    return replace(corpus, looks=(*([seen(None, True)] if config.mirror else []), *crops))
+    crops = [(place, config.mirror and i % 2 == 1) for i, place in enumerate(CROPS[: config.crops])]
+    looks = [(None, True)] * config.mirror + crops
+    first = rank * len(looks) // world
+    found = {how: seen(*how) for how in looks[first:] + looks[:first]}
+    return replace(corpus, looks=tuple(found[how] for how in looks))
 
 
 def interval_row(values: np.ndarray, groups: Sequence[object] | None = None) -> dict[str, float]:

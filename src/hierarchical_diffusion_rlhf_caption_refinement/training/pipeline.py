@@ -216,7 +216,9 @@ class Pipeline:
 
     def with_training_looks(self) -> dict[str, Corpus]:
         """The splits, with the training images seen in all the ways that the base model is to see them."""
-        return self.corpora | {"train": with_looks(self.corpora["train"], self.eyes, self.run.config.base, self.run.cache)}
+        run, accelerator = self.run, self.run.accelerator
+        looks = (self.eyes, run.config.base, run.cache, accelerator.process_index, accelerator.num_processes)
+        return self.corpora | {"train": with_looks(self.corpora["train"], *looks)}
 
     def load_captioner(self, path: Path) -> tuple[Eyes, DiffusionCaptionModel]:
         """A base or refined model, and the eyes with the shape that it was trained in. Raises ConfigError if its eyes are others."""
