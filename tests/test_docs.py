@@ -204,9 +204,8 @@ def test_slow_commands(page, place, hub, tmp_path, monkeypatch):
         grid["arms"] = {name: grid["arms"][name] for name in {grid["baseline"], "hierarchical"}}
         grid |= {"config": str(ROOT / "configs/smoke.yaml"), "seeds": [0], "settings": smoke["settings"]}
         Path("configs/ablations", path.name).write_text(yaml.safe_dump(grid), encoding="utf-8")
-    refine = yaml.safe_load(
-        (ROOT / "configs/self_critical.yaml").read_text(encoding="utf-8")
-    )  # a first round is laid over what is set here
+    # A first round is laid over what is set here.
+    refine = yaml.safe_load((ROOT / "configs/self_critical.yaml").read_text(encoding="utf-8"))
     refine["rlhf"]["fit"] |= {"epochs": 1, "epoch_size": 16, "batch_size": 4}
     Path("configs/self_critical.yaml").write_text(yaml.safe_dump(refine), encoding="utf-8")
     if page.stem == "howto":
