@@ -103,14 +103,19 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tar.add(folder / "photos/1.png", "1.png")
     for name in ("benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "*.md"))
-    shutil.copytree(folder / "models", folder / "models/taste", ignore=shutil.ignore_patterns("ablation"))
+    for name in ("taste", "own", "liked"):
+        shutil.copytree(smoke / "models/smoke", folder / "models" / name, ignore=shutil.ignore_patterns("last_*"))
     (folder / "album").mkdir()
     for i in range(40):
         render(sample_scene(7, "test", i)).save(folder / f"album/{i:03}.png")
         (folder / f"album/{i:03}.txt").write_text("a star on sand")
     rows = ["image,a,b,choice", *(f"{i:03}.png,a star,a ring on sand,{'ab'[i % 2]}" for i in range(40))]
-    (folder / "taste.csv").write_text("\n".join(rows))
-    (folder / "taste.yaml").write_text(blocks(ROOT / "docs/tutorial.md", "yaml")[0])
+    shutil.copytree(folder / "album", folder / "photographs")
+    taste, own = blocks(ROOT / "docs/tutorial.md", "yaml")
+    (folder / "taste.yaml").write_text(taste)
+    (folder / "own.yaml").write_text(own.replace("google/mobilenet_v2_1.0_224", "../shared/models/mobilenet_v2"))
+    for name in ("taste.csv", "choices.csv"):
+        (folder / name).write_text("\n".join(rows))
     (folder / "comparisons.jsonl").write_text(json.dumps(asdict(Comparison("x", "0.jpg", "a star", "a ring", "a"))))
     return folder
 
