@@ -232,3 +232,15 @@ def test_references_as_reward_need_nobodys_ratings(photographs, tmp_path, monkey
     rows = summary["stages"]["rlhf"]
     assert [row["epoch"] for row in rows] == [0, 1] and all(row["val_reward"] <= row["val_judge"] <= 10 for row in rows)
     assert 0 < rows[1]["alpha"] < 1 and "reward" not in summary["evaluation"]["rlhf"]
+
+
+def test_every_rated_photograph_is_judged_by_a_head_that_has_not_seen_it(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(photographs)
+    out, config = tmp_path / "folds.json", photographs / "collection/photographs.yaml"
+    monkeypatch.setattr("sys.argv", ["reward_folds.py", "--config", str(config), "--output", str(out), "--even", "0", "--even", "1"])
+    folds = runpy.run_path(str(ROOT / "benchmarks/reward_folds.py"), run_name="__main__")
+    found = json.loads(out.read_text())
+    rows = found["accuracy by reward.even_sources"]
+    assert list(rows) == ["0.0", "1.0"] and all(set(row) == {"expert"} for row in rows.values())  # of pairs made nobody was asked
+    assert all(0 <= row["expert"]["low"] <= row["expert"]["value"] <= row["expert"]["high"] <= 1 for row in rows.values())
+    assert found["photographs"] > folds["FOLDS"] and "reward.even_sources=1.0: expert" in capsys.readouterr().out

@@ -110,6 +110,31 @@ def test_pairs_of_an_image_are_resampled_together() -> None:
     assert torch.equal(weights, member_weights(rows, 200, seed=0)) and not torch.equal(weights, member_weights(rows, 200, seed=1))
 
 
+def two_sources(few: int, many: int) -> Examined:
+    """Raters of one source like a feature, and many more of the other do not."""
+    features = torch.zeros(few + many, F)
+    features[:, 2] = torch.randn(few + many, generator=torch.Generator().manual_seed(0))
+    few_like, many_dislike = (features[:few, 2] < 0).long(), (features[few:, 2] > 0).long()
+    data = examined(torch.cat([few_like, many_dislike]), features)
+    sources = ["few"] * few + ["many"] * many
+    comparisons = [replace(c, provenance_a={"source": s}) for c, s in zip(data.pairs.comparisons, sources, strict=True)]
+    return replace(data, pairs=replace(data.pairs, comparisons=comparisons))
+
+
+def test_sources_count_as_evenly_as_told(world: Any) -> None:
+    data = two_sources(20, 320)
+    shares = {even: data.pairs.weights(even).split([20, 320]) for even in (0.0, 0.5, 1.0)}
+    assert (data.pairs.weights(0.0) == 1).all()
+    assert [float(many.sum() / few.sum()) for few, many in shares.values()] == pytest.approx([16, 4, 1])
+    assert (examined(torch.zeros(7, dtype=torch.long), torch.zeros(7, F)).pairs.weights(1.0) == 1).all()  # nobody to share with
+    liked = []
+    for even in shares:
+        reward = world.reward()
+        fit_ensemble(reward, data, RewardConfig(even_sources=even), 0.0, 0)
+        liked.append(float(reward.linear[:, 2, 0].sum()))
+    assert liked[0] < liked[1] < 0 and liked[1] < liked[2]
+
+
 def test_pairs_of_an_image_are_one_piece_of_evidence() -> None:
     gain = torch.randn(200, generator=torch.Generator().manual_seed(0))
     alone = standard_error(gain, list(range(200)))
@@ -165,8 +190,8 @@ def test_calibration_recovers_how_much_too_sure_the_scores_are(world: Any, facto
 def test_baselines_see_their_features_alone(world: Any) -> None:
     data, _ = synthetic(world, 1500)
     train, test = head_of(data, 1000), data
-    liked = feature_baseline(train, test, (FEATURES[2], FEATURES[7]), 0.01)
-    blind = feature_baseline(train, test, ("words", "words squared"), 0.01)
+    liked = feature_baseline(train, test, (FEATURES[2], FEATURES[7]), RewardConfig())
+    blind = feature_baseline(train, test, ("words", "words squared"), RewardConfig())
     assert liked["value"] > 0.75 and liked["low"] < liked["value"] < liked["high"] and blind["value"] < 0.6
     curve = learning_curve(world.reward(), data, data, RewardConfig(curve=(30, 800, 9000), members=2), 0.0, 0)
     assert list(curve) == ["30", "800", "1500"] and curve["1500"]["value"] > curve["30"]["value"]

@@ -7,6 +7,7 @@ import logging
 import math
 import posixpath
 import random
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -15,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..data.annotators import panel
@@ -78,6 +79,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def weights(self, even_sources: float) -> Float[Tensor, " n"]:
+        """How much each counts, see `reward.even_sources`; 1 where there is one source."""
+        sources = [c.provenance_a.get("source", "") for c in self.comparisons]
+        size = Counter(sources)
+        return torch.tensor([(len(sources) / len(size) / size[source]) ** even_sources for source in sources])
 
     def some(self, index: Sequence[int]) -> "Pairs":
         rows = list(index)

@@ -41,6 +41,10 @@ class Examined:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def some(self, rows: list[int]) -> "Examined":
+        a, b = (Side(s.features[rows], s.hidden[rows], s.valid[rows]) for s in (self.a, self.b))
+        return Examined(self.pairs.some(rows), a, b, self.image[rows])
+
 
 @torch.no_grad()
 def examine(evidence: Evidence, pairs: Pairs, shuffle: torch.Generator | None = None, chunk: int = 128) -> Examined:
@@ -65,9 +69,7 @@ def examine(evidence: Evidence, pairs: Pairs, shuffle: torch.Generator | None = 
 def head_of(data: Examined, count: int, made: float = 0.0) -> Examined:
     """The first `count` pairs that somebody was asked about, and as a share of them `made` ones."""
     asked = min(count, data.pairs.asked)
-    rows = [*range(asked), *range(data.pairs.asked, len(data))[: round(made * asked)]]
-    a, b = (Side(s.features[rows], s.hidden[rows], s.valid[rows]) for s in (data.a, data.b))
-    return Examined(data.pairs.some(rows), a, b, data.image[rows])
+    return data.some([*range(asked), *range(data.pairs.asked, len(data))[: round(made * asked)]])
 
 
 def targets(label: Int[Tensor, " n"], smoothing: float) -> Float[Tensor, "n 3"]:
@@ -101,7 +103,7 @@ def fit_ensemble(reward: RewardModel, data: Examined, config: RewardConfig, smoo
     reward.std.copy_(both.std(0).clamp(min=1e-6))
     difference = (data.a.features - data.b.features) / reward.std.cpu()
     target = targets(data.pairs.label, smoothing)
-    members = member_weights(data.pairs.rows, len(reward.linear), seed)
+    members = member_weights(data.pairs.rows, len(reward.linear), seed) * data.pairs.weights(config.even_sources)
     for m in range(len(reward.linear)):
         chosen = torch.rand(len(FEATURES), generator=generator(seed, "member features", m)) < 0.75
         for q in range(len(QUALITIES)):
@@ -185,7 +187,8 @@ def train_reader(run: Run, reward: RewardModel, train: Examined, val: Examined, 
     """Train the readers on top of the linear head and leave the weights with the lowest held-out loss, which is returned."""
     config, seed = run.config.reward, run.config.seed
     state = run.state("reward", reward, config.fit, {"best_reader": {}})
-    weights, target = member_weights(train.pairs.rows, config.members, seed), targets(train.pairs.label, smoothing)
+    weights = member_weights(train.pairs.rows, config.members, seed) * train.pairs.weights(config.even_sources)
+    target = targets(train.pairs.label, smoothing)
 
     def objective(model: nn.Module, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         margin = margins(model, train, rows.cpu(), run.device)  # (M, B, Q)

@@ -52,12 +52,12 @@ def _gap(pairs: Pairs, i: int) -> float:
     return abs(check(comparison.a, example.scene).utility - check(comparison.b, example.scene).utility)
 
 
-def feature_baseline(train: Examined, test: Examined, names: tuple[str, ...], l2: float) -> dict[str, float]:
+def feature_baseline(train: Examined, test: Examined, names: tuple[str, ...], config: RewardConfig) -> dict[str, float]:
     """A linear head that sees only some of the features."""
     index = [FEATURES.index(name) for name in names]
     std = torch.cat([train.a.features, train.b.features])[:, index].std(0).clamp(min=1e-6)
     difference = (train.a.features - train.b.features)[:, index] / std
-    beta, _ = fit_linear(difference, targets(train.pairs.label, 0.0), torch.ones(len(train)), l2)
+    beta, _ = fit_linear(difference, targets(train.pairs.label, 0.0), train.pairs.weights(config.even_sources), config.l2)
     return accuracy_row((test.a.features - test.b.features)[:, index] / std @ beta, test.pairs)
 
 
@@ -98,9 +98,9 @@ def reward_report(reward: RewardModel, found: Judgements, train: Examined, used:
         "rater_agreement": ceiling,
         "share_of_ceiling": accuracy["value"] / ceiling if ceiling > 0 else None,
         "above_ceiling": bool(accuracy["low"] > 1 - smoothing_from(ceiling)),
-        "length_only": feature_baseline(same, test, ("words", "words squared"), config.l2),
-        "text_only": feature_baseline(same, test, BLIND, config.l2),
-        "alignment_only": feature_baseline(same, test, ("alignment",), config.l2),
+        "length_only": feature_baseline(same, test, ("words", "words squared"), config),
+        "text_only": feature_baseline(same, test, BLIND, config),
+        "alignment_only": feature_baseline(same, test, ("alignment",), config),
         "image_shuffled": accuracy_row(shuffled, found.test),
         "by_source": by_source(margin, found.test),
         "by_gap": by_gap(margin, found.test),

@@ -312,6 +312,9 @@ class RewardConfig(Group):
     """Blocks of the reader, started from the denoiser's last ones."""
     repeats: float = 0.0
     """Pairs of the base model's captions of which one repeats itself, and loses, as a share of people's comparisons, which show no such."""
+    even_sources: float = 0.5
+    """How evenly sources of ratings count: 0, by their numbers of comparisons; 1, each as much as any other; between, by these numbers to
+    the power of 1 minus this."""
     l2: float = 0.01
     """Ridge penalty of the linear head."""
     length_bias: float = 0.0
@@ -322,6 +325,7 @@ class RewardConfig(Group):
         super().__post_init__()
         self._at_least(1, "members reader_layers")
         self._at_least(0, "comparisons pessimism repeats")
+        _require(0 <= self.even_sources <= 1, f"reward.even_sources={self.even_sources}: must be between 0 and 1")
         _require(self.l2 > 0, f"reward.l2={self.l2}: must be positive")
         _require(min(self.curve, default=1) > 0, f"reward.curve={list(self.curve)}: must be positive numbers")
 
