@@ -247,6 +247,7 @@ def test_what_must_be_there_at_least_once(override):
         ("reward.pessimism=-0.5", "must be at least 0"),
         ("fit.patience=-1", "must be at least 0"),
         ("reward.l2=0.0", "must be positive"),
+        ("reward.even_sources=1.5", "must be between 0 and 1"),
         ("reward.l2=-1.0", "must be positive"),
         ("reward.curve=[100, 0]", "must be positive numbers"),
         ("rlhf.clip=0.0", "must be positive"),
