@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no network, and the optional folders that lie beside the repository."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,11 @@ torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
+
+
+def pytest_collection_finish() -> None:
+    """All that the imports left is never collected: looking through it takes half a second a time, and Accelerate asks for it."""
+    gc.freeze()
 
 
 def _folder(*parts: str) -> Path:

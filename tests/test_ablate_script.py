@@ -31,6 +31,7 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "toy.yaml"
 
 
+@pytest.mark.slow
 def test_arms_are_trained_on_shared_stages_recorded_once_and_compared(grid: Path, smoke: Path, capsys: pytest.CaptureFixture[str]):
     command = [str(grid), "--jobs", "0", "--output", "out"]
     assert ablate([*command, "--only", "few/*", "--base-from", str(smoke / "models" / "smoke")]) == 0

@@ -19,9 +19,12 @@ SMALL = (
     "reward.curve=[]",
     "rlhf.fit.epochs=1",
 )
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend to have a device"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this PyTorch cannot pretend to have a device"
+    ),
+]
 
 
 def there(folder: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
@@ -88,7 +91,6 @@ def test_what_a_gpu_refuses_is_refused():
         assert done.stderr.splitlines()[-1] == f"RuntimeError: aten::{name}: one tensor on pretend:0, another on cpu"
 
 
-@pytest.mark.slow
 def test_every_stage_trains_and_is_evaluated(tmp_path):
     train = ["train", "--config", str(ROOT / "configs/smoke.yaml"), *SMALL]
     again = [*train, "--stage", "rlhf", "start_from=models/smoke"]

@@ -1,6 +1,7 @@
 """What README and docs say to type works, on a model that takes seconds to train; the reference is up to date.
 
-`test_commands` runs what is quick as it stands and checks the rest by its arguments; `test_slow_commands` runs the rest.
+`test_commands` runs what is quick as it stands and checks the rest by its arguments; `test_slow_commands` runs the rest. Only links and the
+reference are looked at by `make test`.
 """
 
 import contextlib
@@ -120,6 +121,7 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
 def test_commands(page, place, monkeypatch, pytestconfig):
     monkeypatch.chdir(place)
@@ -222,6 +224,7 @@ def test_slow_commands(page, place, hub, tmp_path, monkeypatch):
     assert not {words: code for words, code in codes.items() if code}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_programs(page, place, monkeypatch):
     monkeypatch.chdir(place)

@@ -109,6 +109,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_stage_by_stage_and_once_more_is_the_same_run(smoke, copy):
     for stage in STAGES:
         assert cli.train(["--config", str(SMOKE), "--stage", stage]) == 0
@@ -306,6 +307,7 @@ def test_comparisons_that_are_all_ties_teach_nothing(copy, capsys, repeats):
     )
 
 
+@pytest.mark.slow
 def test_a_run_without_a_stage_of_its_own_builds_on_another(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = [f"start_from={smoke / 'models/smoke'}", "run=sparse", "shaping.clip_weight=0"]
@@ -332,6 +334,7 @@ def test_candidates_wait_for_a_reward_model(smoke, tmp_path, monkeypatch):
     assert set(json.loads(Path("results/one/training_summary.json").read_text())["gold"]) == {"data", "base"}
 
 
+@pytest.mark.slow
 def test_a_copied_base_model_is_told_of(smoke, tmp_path, monkeypatch):
     """A captioner is taught another taste in a folder of its own: models copied there are as good as trained there."""
     monkeypatch.chdir(tmp_path)
@@ -347,6 +350,7 @@ def test_a_copied_base_model_is_told_of(smoke, tmp_path, monkeypatch):
     assert told["alignment"]["val_text_to_image_r10"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source, refined = ["--config", str(SMOKE), f"start_from={smoke / 'models/smoke'}"], smoke / "models/smoke/best_rlhf_model.pt"
@@ -377,6 +381,7 @@ def test_a_second_round_begins_with_the_first_ones_captioner(smoke, tmp_path, mo
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_first_round_is_another_refinement(copy, capsys, monkeypatch):
     """A run within the run: resumed bit for bit, kept when done, held to its settings, gone with the base model that it was built on."""
     Path("first.yaml").write_text("shaping: {clip_weight: 0}")
