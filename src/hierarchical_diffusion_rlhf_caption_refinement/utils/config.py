@@ -6,6 +6,7 @@ The defaults here are the built-in benchmark's (`configs/default.yaml` spells th
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -547,10 +548,10 @@ def _defaults() -> DictConfig:
 
 
 def _merged(layers: Sequence[Layer]) -> Config:
-    tree, where = _defaults(), ""
+    tree, where = deepcopy(_defaults()), ""
     try:
         for where, node in layers:  # noqa: B007
-            tree = OmegaConf.merge(tree, node)
+            tree = OmegaConf.unsafe_merge(tree, node)  # without a copy of all of it
         where = ""
         return cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
