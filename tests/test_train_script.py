@@ -120,6 +120,7 @@ def test_stage_by_stage_and_once_more_is_the_same_run(smoke, copy):
     assert set(json.loads((copy / "results/smoke/stages.json").read_text())) == set(STAGES)
 
 
+@pytest.mark.slow
 def test_later_stages_take_the_base_model_as_it_is(copy):
     assert cli.train(["--config", str(SMOKE), "--stage", "base", "base.layers=3", "base.fit.epochs=1"]) == 0
     assert len([key for key in weights(copy / "models/smoke/best_base_model.pt") if key.endswith("mlp.c_fc.weight")]) == 3
